@@ -1,0 +1,53 @@
+"""fastclr: SimCLR at the speed of the hardware.
+
+Public names are loaded on first use, so that importing the package is instant and pulls in neither
+torch nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastclr import encoders as encoders
+    from fastclr import heads as heads
+    from fastclr.batch import Batch as Batch
+    from fastclr.config import Config as Config
+    from fastclr.config import ConfigError as ConfigError
+    from fastclr.losses import NTXent as NTXent
+    from fastclr.losses import nt_xent as nt_xent
+    from fastclr.optim import LARS as LARS
+    from fastclr.simclr import SimCLR as SimCLR
+    from fastclr.trainer import Trainer as Trainer
+    from fastclr.world import World as World
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Batch": "fastclr.batch",
+    "Config": "fastclr.config",
+    "ConfigError": "fastclr.config",
+    "LARS": "fastclr.optim",
+    "NTXent": "fastclr.losses",
+    "SimCLR": "fastclr.simclr",
+    "Trainer": "fastclr.trainer",
+    "World": "fastclr.world",
+    "encoders": "fastclr.encoders",
+    "heads": "fastclr.heads",
+    "nt_xent": "fastclr.losses",
+}
+__all__ = list(_HOMES)  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that holds a public name."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastclr' has no attribute {name!r}")
+    module = importlib.import_module(_HOMES[name])
+    return module if _HOMES[name] == f"fastclr.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,43 @@
+"""What all command lines share: one clear message for what the user can mend, and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from fastclr.config import ConfigError
+from fastclr.world import World
+from pipelines.shards import ShardError
+
+# 0 is done; 2 is a wrong flag.
+EXIT_CODES: dict[type[Exception], int] = {
+    ConfigError: 78,  # refused: settings or input that cannot work
+    ShardError: 65,  # data that is missing or damaged
+    FloatingPointError: 70,  # the loss is not finite
+}
+
+
+def _is_main() -> bool:
+    """Whether this rank speaks for all; a broken environment may be what the error is about."""
+    try:
+        return World.detect().is_main
+    except ConfigError:
+        return True
+
+
+def guard(command: Callable[[], object]) -> int:
+    """Run a command; print an expected error without traceback and return the exit code.
+
+    Every rank meets the same ConfigError, so rank 0 alone prints it; a damaged sample is met by one
+    rank, which prints it.
+    """
+    try:
+        command()
+    except tuple(EXIT_CODES) as error:
+        if not isinstance(error, ConfigError) or _is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to go on", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,292 @@
+"""Every setting of a run as frozen dataclasses, and the rules between them.
+
+What the DeepSpeed JSON owns (precision, ZeRO, communication, clipping) is not repeated here;
+:mod:`fastclr.ds_config` merges the two and refuses two owners for one key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, cast
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names it, says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """Numbers of the SimCLR augmentation (Chen et al. 2020, appendix A).
+
+    Attributes:
+        size: Side of the square views in pixels.
+        color_strength: Strength s of the colour jitter; 1.0 for ImageNet, 0.5 for CIFAR-10.
+        crop_scale: Range of the crop's area as a fraction of the image's.
+        crop_ratio: Range of the crop's width / height, drawn log-uniformly.
+        flip_prob: Probability of the horizontal flip.
+        jitter_prob: Probability of the colour jitter.
+        grayscale_prob: Probability of dropping the colour.
+        blur_prob: Probability of the Gaussian blur; 0 for CIFAR-10.
+        blur_sigma: Range of the blur's standard deviation in pixels, drawn uniformly.
+    """
+
+    size: int = 224
+    color_strength: float = 1.0
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_prob: float = 0.5
+    jitter_prob: float = 0.8
+    grayscale_prob: float = 0.2
+    blur_prob: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+
+    @property
+    def blur_taps(self) -> int:
+        """Width of the blur kernel in pixels: 10 % of the side, odd; 23 at 224, 3 at 32."""
+        return 2 * int((self.size // 10) / 2) + 1
+
+    def problems(self) -> list[str]:
+        """Say what cannot work, one sentence a problem."""
+        found = [
+            f"views.{name} is {getattr(self, name)}: a probability lies in 0..1."
+            for name in ("flip_prob", "jitter_prob", "grayscale_prob", "blur_prob")
+            if not 0 <= getattr(self, name) <= 1
+        ]
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                found.append(f"views.{name} is {low} {high}: give 0 < low <= high.")
+        if self.crop_scale[1] > 1:
+            found.append(f"views.crop_scale ends at {self.crop_scale[1]}: an area is at most 1.")
+        if self.size < 8:
+            found.append(f"views.size is {self.size}: views need at least 8 pixels a side.")
+        if not 0 <= self.color_strength <= 2.5:
+            found.append(
+                f"views.color_strength is {self.color_strength}: the hue shift is 0.2 times it "
+                "and must stay within half a turn; give 0..2.5."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and who augments them.
+
+    Attributes:
+        train: Folder of a shard set made by ``tools/make_shards.py``.
+        backend: Augmentation back-end: ``kornia`` (batched, CPU and CUDA) or ``reference``
+            (per image, slow, the oracle).
+        num_threads: Threads that prepare batches.
+        prefetch: Batches prepared ahead of the training step.
+    """
+
+    train: str = ""
+    backend: str = "kornia"
+    num_threads: int = 1
+    prefetch: int = 4
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The encoder f: images to representations h.
+
+    Attributes:
+        name: Any timm model, or ``resnet10`` (one basic block a stage).
+        width: Width multiplier of a ResNet: SimCLR's 1, 2, 4, or a fraction for a small machine.
+        stem: ``imagenet`` (7x7 stride 2 and max-pool), ``small`` (3x3 stride 1, no max-pool;
+            the paper's CIFAR-10 stem), or ``small_stride2`` (3x3 stride 2, no max-pool).
+    """
+
+    name: str = "resnet50"
+    width: float = 1.0
+    stem: Literal["imagenet", "small", "small_stride2"] = "imagenet"
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The projection head g: representations h to projections z.
+
+    Attributes:
+        kind: ``none``, ``linear`` or ``mlp``.
+        depth: Layers of the mlp; 2 in the paper, 3 in the authors' later code.
+        hidden_dim: Width of its hidden layers; 0 takes the encoder's.
+        output_dim: Width D of z.
+        norm: Normalisation after each hidden layer: ``batch``, ``layer`` or ``none``.
+    """
+
+    kind: str = "mlp"
+    depth: int = 2
+    hidden_dim: int = 0
+    output_dim: int = 128
+    norm: Literal["batch", "layer", "none"] = "batch"
+
+    def problems(self) -> list[str]:
+        """Say what cannot work, one sentence a problem."""
+        found: list[str] = []
+        if self.depth < 2 and self.kind == "mlp":
+            found.append(f"head.depth is {self.depth}: an mlp has 2 layers or more; use linear.")
+        if self.output_dim < 2 or self.hidden_dim < 0:
+            found.append(
+                f"head.output_dim is {self.output_dim} and head.hidden_dim {self.hidden_dim}: "
+                "z needs 2 dimensions or more, and widths are not negative."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """NT-Xent (Chen et al. 2020, equation 1).
+
+    Attributes:
+        name: Key of ``fastclr.losses.LOSSES``.
+        temperature: Divides the cosine similarities; 0.1 for ImageNet, 0.5 for long CIFAR-10 runs.
+    """
+
+    name: str = "nt_xent"
+    temperature: float = 0.1
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its rate; ``None`` leaves a value to the DeepSpeed JSON or the default.
+
+    Attributes:
+        name: ``LARS``, or a type of the DeepSpeed JSON: ``SGD``, ``Adam``, ``AdamW``.
+        learning_rate: Peak rate as it is; excludes ``base_learning_rate``.
+        base_learning_rate: Peak rate for 256 images, scaled by the global batch.
+        scaling: ``linear``: base * batch / 256; ``sqrt``: base * sqrt(batch / 256).
+        weight_decay: L2 decay; never on BatchNorm and biases. 1e-6 in the paper.
+        momentum: Momentum of LARS and SGD.
+        trust_coefficient: LARS's eta.
+        warmup_epochs: Epochs over which the rate rises linearly from 0.
+        schedule: ``cosine`` to 0 or ``constant`` after the warm-up; ``none`` where the DeepSpeed
+            JSON has a ``scheduler`` that owns the rate.
+    """
+
+    name: str | None = None
+    learning_rate: float | None = None
+    base_learning_rate: float | None = None
+    scaling: Literal["linear", "sqrt"] = "linear"
+    weight_decay: float | None = None
+    momentum: float | None = None
+    trust_coefficient: float | None = None
+    warmup_epochs: float = 10.0
+    schedule: Literal["cosine", "constant", "none"] = "cosine"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run.
+
+    Attributes:
+        data: Images and back-end.
+        views: Augmentation.
+        encoder: Encoder f.
+        head: Projection head g.
+        loss: Contrastive loss.
+        optimizer: Optimizer and schedule.
+        run_dir: Folder of this run; a checkpoint in it is gone on from.
+        epochs: Length of the run in epochs; excludes ``minutes``.
+        minutes: Length in minutes of training: the steps that fit are measured during the first
+            steps, then fixed.
+        global_batch_size: Images of the contrastive batch over all ranks; also the DeepSpeed
+            JSON's ``train_batch_size``.
+        seed: Seed of weights, order and views.
+        log_every: Steps between log rows.
+        checkpoint_every: Steps between checkpoints; 0 for the end of each epoch.
+        keep_checkpoints: Checkpoints kept; older ones are deleted.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run_dir: str = ""
+    epochs: float | None = None
+    minutes: float | None = None
+    global_batch_size: int | None = None
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """Rebuild a configuration from what ``dataclasses.asdict`` and JSON made of it.
+
+        Raises:
+            ConfigError: If a key is unknown: another version of fastclr wrote it.
+        """
+        try:
+            parts = {
+                f.name: f.default_factory(**_tuples(values[f.name]))
+                for f in fields(cls)
+                if f.default_factory is not MISSING
+            }
+            return cls(**{**_tuples(values), **parts})
+        except (TypeError, KeyError) as error:
+            raise ConfigError(
+                f"the saved configuration does not fit this version of fastclr ({error}): use the "
+                "version that wrote it."
+            ) from error
+
+    def problems(self) -> list[str]:
+        """Say what cannot work, one sentence a problem; all cross-field rules at once."""
+        found = self.views.problems() + self.head.problems() + self._optimizer_problems()
+        if not self.run_dir:
+            found.append("run_dir is empty: say where results go, e.g. --run-dir runs/first.")
+        if not self.data.train:
+            found.append("data.train is empty: name a shard set, e.g. --data.train data/train.")
+        if (self.epochs is None) == (self.minutes is None):
+            found.append(
+                f"epochs is {self.epochs} and minutes is {self.minutes}: give exactly one."
+            )
+        if min(self.epochs or 1, self.minutes or 1) <= 0:
+            found.append("the length of a run is positive: change --epochs or --minutes.")
+        if not 0 < self.loss.temperature <= 100:
+            found.append(f"loss.temperature is {self.loss.temperature}: give 0 < t <= 100.")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"seed is {self.seed}: give 0 <= seed < 2**63.")
+        for name, least in {
+            "data.num_threads": 1,
+            "data.prefetch": 1,
+            "log_every": 1,
+            "checkpoint_every": 0,
+            "keep_checkpoints": 1,
+        }.items():
+            holder, _, key = name.rpartition(".")
+            value = getattr(getattr(self, holder) if holder else self, key)
+            if value < least:
+                found.append(f"{name} is {value}: give {least} or more.")
+        return found
+
+    def _optimizer_problems(self) -> list[str]:
+        """Say what cannot work in the optimizer's settings."""
+        found: list[str] = []
+        rates = (self.optimizer.learning_rate, self.optimizer.base_learning_rate)
+        if None not in rates:
+            found.append(
+                f"optimizer.learning_rate {rates[0]} and base_learning_rate {rates[1]} are both "
+                "set: keep one; the second is scaled by the batch, the first is not."
+            )
+        for name in ("learning_rate", "base_learning_rate", "weight_decay", "momentum"):
+            value = getattr(self.optimizer, name)
+            if value is not None and value < 0:
+                found.append(f"optimizer.{name} is {value}: it is not negative.")
+        if self.optimizer.warmup_epochs < 0:
+            found.append(f"optimizer.warmup_epochs is {self.optimizer.warmup_epochs}: give >= 0.")
+        return found
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn JSON's lists back into tuples."""
+    return {k: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def raise_all(problems: list[str]) -> None:
+    """Raise one ConfigError that lists every problem; do nothing when there is none."""
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -1,0 +1,211 @@
+"""The user's DeepSpeed JSON: read strictly, merged with the run's configuration.
+
+One key, one owner: the JSON owns batch sizes, precision, ZeRO, communication, clipping and monitors,
+and may own the optimizer and its schedule; the configuration fills in what it leaves out. Set on
+both sides with different values is an error that names both.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from fastclr.config import Config, ConfigError, OptimizerConfig, raise_all
+from fastclr.optim.schedules import scaled_learning_rate
+from fastclr.world import World
+
+JSON = dict[str, Any]
+
+DEFAULT_OPTIMIZER = OptimizerConfig(
+    name="LARS", weight_decay=1e-6, momentum=0.9, trust_coefficient=1e-3
+)
+OPTIMIZERS = ("LARS", "SGD", "Adam", "AdamW")
+
+
+def read(path: str | Path) -> JSON:
+    """Read a DeepSpeed JSON file.
+
+    Raises:
+        ConfigError: If it is missing, no JSON object, or names one key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> JSON:
+        keys = [key for key, _ in pairs]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ConfigError(
+                f"DeepSpeed JSON {path} has the key {twice[0]!r} twice in one object: only the "
+                "last would count. Remove one."
+            )
+        return dict(pairs)
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        loaded: Any = json.loads(text, object_pairs_hook=unique)
+    except OSError as error:
+        raise ConfigError(
+            f"DeepSpeed JSON {path} cannot be read ({error.strerror}): give --ds-config a file, "
+            "e.g. fastclr/recipes/fp32.json."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"DeepSpeed JSON {path} is no JSON: {error}.") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"DeepSpeed JSON {path} holds a {type(loaded).__name__}, no object.")
+    return cast(JSON, loaded)
+
+
+def resolve(config: Config, ds: JSON, world: World) -> tuple[Config, JSON]:
+    """Merge a configuration and a DeepSpeed JSON; check both and everything between them.
+
+    Args:
+        config: The run's configuration; ``None`` where it leaves a value open.
+        ds: The user's JSON; not changed.
+        world: How many ranks share the batch.
+
+    Returns:
+        The configuration with every value of batch and optimizer filled in, and the JSON that goes
+        to the engine: batch sizes and, unless it is LARS, the optimizer filled in.
+
+    Raises:
+        ConfigError: With every problem found, one a line.
+    """
+    problems = config.problems()
+    ds = dict(ds)
+    global_batch_size = _merge_batch(config, ds, world, problems)
+    optimizer = _merge_optimizer(config.optimizer, ds, global_batch_size, problems)
+    problems += engine_problems(ds, optimizer.name)
+    raise_all(problems)
+    resolved = replace(config, global_batch_size=global_batch_size, optimizer=optimizer)
+    if optimizer.name == "LARS":
+        ds.pop("optimizer", None)  # LARS is ours: it reaches the engine as an object
+    else:
+        ds["optimizer"] = _engine_optimizer(optimizer, ds.get("optimizer", {}))
+    return resolved, ds
+
+
+def micro_batch_size(ds: JSON, world: World) -> int:
+    """Return the images of one rank and micro-batch in a resolved JSON."""
+    return ds["train_batch_size"] // world.num_ranks
+
+
+def _one_owner(key: str, ours: Any, ds_key: str, theirs: Any, problems: list[str]) -> Any:
+    """Return the value of whichever side sets it; note a problem if both do and differ."""
+    if ours is not None and theirs is not None and ours != theirs:
+        problems.append(
+            f"{key} is {ours!r} in the recipe or flags and {ds_key} is {theirs!r} in the DeepSpeed "
+            "JSON: one key, two owners. Make them equal or remove one."
+        )
+    return theirs if ours is None else ours
+
+
+def _merge_batch(config: Config, ds: JSON, world: World, problems: list[str]) -> int:
+    """Fill the JSON's three batch keys; return the global batch size."""
+    micro = ds.get("train_micro_batch_size_per_gpu")
+    steps = ds.setdefault("gradient_accumulation_steps", 1)
+    sizes: dict[str, Any] = {"train_batch_size": ds.get("train_batch_size"), "micro": micro}
+    for key, value in {**sizes, "gradient_accumulation_steps": steps}.items():
+        if value is not None and (type(value) is not int or value < 1):
+            problems.append(f"{key} is {value!r} in the DeepSpeed JSON: give an integer >= 1.")
+            return 2
+    implied = None if micro is None else micro * steps * world.num_ranks
+    total = _one_owner(
+        "train_batch_size",
+        ds.get("train_batch_size"),
+        f"train_micro_batch_size_per_gpu x steps x {world.num_ranks} ranks",
+        implied,
+        problems,
+    )
+    total = _one_owner("global_batch_size", config.global_batch_size, "it", total, problems)
+    if total is None:
+        problems.append(
+            "no batch size is set: give --global-batch-size, or train_batch_size in the JSON."
+        )
+        return 2
+    if total < 2:
+        problems.append(
+            f"global_batch_size is {total}: NT-Xent contrasts images with each other and one "
+            "image has no negative. Give 2 or more (hundreds, to learn something)."
+        )
+    elif total % world.num_ranks:
+        problems.append(
+            f"global_batch_size {total} is no multiple of {world.num_ranks} ranks: every rank "
+            "holds the same number of images. Change one of them."
+        )
+    ds["train_batch_size"] = total
+    ds["train_micro_batch_size_per_gpu"] = total // world.num_ranks
+    return total
+
+
+def _merge_optimizer(
+    config: OptimizerConfig, ds: JSON, global_batch_size: int, problems: list[str]
+) -> OptimizerConfig:
+    """Fill in name, rate, decay and momentum from the JSON, then from the defaults."""
+    block: JSON = ds.get("optimizer", {})
+    params: JSON = block.get("params", {})
+    theirs = {
+        "name": block.get("type"),
+        "learning_rate": params.get("lr"),
+        "weight_decay": params.get("weight_decay"),
+        "momentum": params.get("momentum"),
+        "trust_coefficient": params.get("trust_coefficient"),
+    }
+    merged = {
+        key: _one_owner(
+            f"optimizer.{key}", getattr(config, key), f"optimizer {key}", value, problems
+        )
+        for key, value in theirs.items()
+    }
+    for key, value in merged.items():
+        if value is None:
+            merged[key] = getattr(DEFAULT_OPTIMIZER, key)
+    if merged["learning_rate"] is None:
+        base = config.base_learning_rate if config.base_learning_rate is not None else 0.3
+        merged["learning_rate"] = scaled_learning_rate(base, global_batch_size, config.scaling)
+    elif config.base_learning_rate is not None and config.learning_rate is None:
+        problems.append(
+            f"optimizer.base_learning_rate is {config.base_learning_rate} in the recipe or flags "
+            f"and lr {merged['learning_rate']} in the DeepSpeed JSON: two owners of the rate. "
+            "Pass --optimizer.base-learning-rate None, or remove lr from the JSON."
+        )
+    if "scheduler" in ds and config.schedule != "none":
+        problems.append(
+            f"optimizer.schedule is {config.schedule!r} and the DeepSpeed JSON has a scheduler: "
+            "two owners of the rate. Pass --optimizer.schedule none, or remove it from the JSON."
+        )
+    return replace(config, **merged, base_learning_rate=None)
+
+
+def engine_problems(ds: JSON, optimizer_name: str | None) -> list[str]:
+    """Say what the engine would do wrongly without a word, one sentence a problem."""
+    problems: list[str] = []
+    if optimizer_name not in OPTIMIZERS:
+        problems.append(
+            f"optimizer {optimizer_name!r} is unknown: choose from {', '.join(OPTIMIZERS)}."
+        )
+    steps = ds.get("gradient_accumulation_steps", 1)
+    if steps != 1:
+        problems.append(
+            f"gradient_accumulation_steps is {steps} in the DeepSpeed JSON: plain accumulation "
+            "would shrink each anchor's negatives to one micro-batch. Set it to 1 (gradient "
+            "caching is not there yet)."
+        )
+    stage = ds.get("zero_optimization", {}).get("stage", 0)
+    half = [key for key in ("fp16", "bf16") if ds.get(key, {}).get("enabled")]
+    if optimizer_name == "LARS" and (stage or half):
+        problems.append(
+            f"LARS with {f'ZeRO stage {stage}' if stage else half[0]} is refused: the engine hands "
+            "the optimizer flat pieces that cut layers, so its layer-wise ratios would be wrong. "
+            "Use stage 0 in fp32 (or torch_autocast), or SGD or AdamW."
+        )
+    return problems
+
+
+def _engine_optimizer(optimizer: OptimizerConfig, block: JSON) -> JSON:
+    """Describe SGD, Adam or AdamW to DeepSpeed."""
+    params: JSON = {"lr": optimizer.learning_rate, "weight_decay": optimizer.weight_decay}
+    if optimizer.name == "SGD":
+        params["momentum"] = optimizer.momentum
+    else:
+        params["torch_adam"] = True  # DeepSpeed's own are compiled at the first start
+    return {"type": optimizer.name, "params": {**block.get("params", {}), **params}}

@@ -1,0 +1,33 @@
+"""Files that are whole or not there, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def sha256_of(file: Path) -> str:
+    """Return a file's sha256 in hexadecimal, read a mebibyte at a time."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_durably(file: Path, text: str) -> None:
+    """Write a text file so that it is whole, or unchanged, whenever the process or power stops."""
+    temporary = file.with_name(f".{file.name}.partial")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON with :func:`write_durably`."""
+    write_durably(file, json.dumps(value, indent=1))

@@ -1,0 +1,223 @@
+"""Charts of the report: inline SVG and PNG data URIs that suit a light and a dark page.
+
+Matplotlib draws with placeholder colours; the SVG text then gets the page's CSS variables in
+their place, so that one drawing follows the colour scheme of the reader.
+"""
+
+from __future__ import annotations
+
+import base64
+import colorsys
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from PIL import Image
+
+from fastclr.report.template import Markup
+
+_INK, _GRID, _FIRST, _SECOND, _MUTED = "#010101", "#020202", "#030303", "#040404", "#050505"
+_CSS_COLORS = {
+    _INK: "var(--muted)",
+    _GRID: "var(--line)",
+    _FIRST: "var(--first)",
+    _SECOND: "var(--second)",
+    _MUTED: "var(--third)",
+}
+ENCODERS = {"trained": _FIRST, "untrained": _SECOND, "pixels": _MUTED}
+_CLASS_COLORS = [
+    *("#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f"),
+    *("#d4ae2a", "#b07aa1", "#ff9da7", "#9c755f", "#8a8a94"),
+]
+_MAX_LINE_POINTS = 800
+_MOSAIC_CELLS, _CELL_PIXELS = 34, 34
+
+
+def line_chart(
+    name: str,
+    x_N: np.ndarray,
+    y_N: np.ndarray,
+    *,
+    x_label: str,
+    y_label: str,
+    percent: bool = False,
+    from_zero: bool = False,
+    reference: float | None = None,
+) -> Markup:
+    """Draw a noisy series pale and its running mean bold.
+
+    Args:
+        name: Chart name, unique on the page; the SVG's ids start with it.
+        x_N: Horizontal values, shape (N,), N >= 1.
+        y_N: Vertical values, shape (N,), finite.
+        x_label: Label of the horizontal axis, with the unit.
+        y_label: Label of the vertical axis, with the unit; also the text alternative.
+        percent: Whether `y_N` is a fraction to show as per cent, on an axis from 0.
+        from_zero: Whether the vertical axis starts at 0.
+        reference: Level to mark with a dotted line, such as chance.
+
+    Returns:
+        An `<svg>` element.
+    """
+    figure, axes = _axes()
+    stride = -(-len(x_N) // _MAX_LINE_POINTS)
+    marker = "o" if len(x_N) == 1 else ""
+    axes.plot(x_N[::stride], y_N[::stride], color=_FIRST, alpha=0.3, linewidth=0.9)
+    mean_N = _running_mean(y_N, max(1, len(y_N) // 25))
+    axes.plot(x_N[::stride], mean_N[::stride], color=_FIRST, linewidth=2, marker=marker)
+    if reference is not None:
+        axes.axhline(reference, color=_INK, linewidth=1.2, linestyle=":")
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    if percent or from_zero:
+        axes.set_ylim(bottom=0)
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    return _svg(figure, name, f"{y_label} over {x_label}")
+
+
+def score_chart(name: str, scores: Mapping[str, Mapping[str, float]], *, chance: float) -> Markup:
+    """Draw linear and kNN top-1 of the trained encoder beside its two baselines.
+
+    Args:
+        name: Chart name, unique on the page.
+        scores: {"trained" | "untrained" | "pixels": {"linear_top1", "knn_top1"}}, values 0..1.
+        chance: Top-1 accuracy of a guess, 0..1, marked with a dotted line.
+
+    Returns:
+        An `<svg>` element.
+    """
+    figure, axes = _axes()
+    for index, (encoder, color) in enumerate(ENCODERS.items()):
+        values = [scores[encoder]["linear_top1"], scores[encoder]["knn_top1"]]
+        bars = axes.bar(np.arange(2) + (index - 1) * 0.27, values, 0.24, color=color, label=encoder)
+        axes.bar_label(bars, [f"{value:.1%}" for value in values], padding=3, color=_INK)
+    axes.axhline(chance, color=_INK, linewidth=1.2, linestyle=":")
+    axes.set_xticks(np.arange(2), ["linear top-1", "kNN top-1"])
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.legend(
+        frameon=False, ncols=3, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.02)
+    )
+    return _svg(figure, name, "linear and kNN top-1 accuracy: trained, untrained, pixels")
+
+
+def scatter_chart(name: str, points_N2: np.ndarray, colors_N: Sequence[str]) -> Markup:
+    """Draw one dot per image at its t-SNE position.
+
+    Args:
+        name: Chart name, unique on the page.
+        points_N2: Positions, shape (N, 2).
+        colors_N: CSS hex colour of every point.
+
+    Returns:
+        A square `<svg>` element.
+    """
+    figure = Figure(figsize=(5.4, 5.4))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    unit_N2 = unit_square(points_N2)
+    axes.scatter(unit_N2[:, 0], unit_N2[:, 1], s=22, c=list(colors_N), alpha=0.85, linewidths=0)
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    return _svg(figure, name, "t-SNE of the representation h, one dot per image")
+
+
+def thumbnail_mosaic(
+    points_N2: np.ndarray, thumbnails: Sequence[np.ndarray], colors_N: Sequence[str]
+) -> np.ndarray:
+    """Lay thumbnails out at their t-SNE positions on a grid, framed in their class colour.
+
+    A grid cell holds the first image that falls in it: overlapping photographs are unreadable.
+
+    Args:
+        points_N2: Positions, shape (N, 2).
+        thumbnails: N images, uint8 (H, W, 3) of any size.
+        colors_N: CSS hex colour of every frame.
+
+    Returns:
+        RGBA picture, uint8, square, transparent where there is no image.
+    """
+    side, inner_side = _MOSAIC_CELLS * _CELL_PIXELS, _CELL_PIXELS - 4
+    canvas = Image.new("RGBA", (side, side))
+    cells_N2 = np.round(unit_square(points_N2) * (_MOSAIC_CELLS - 1)).astype(int)
+    taken: set[tuple[int, int]] = set()
+    for (column, row), thumbnail, color in zip(cells_N2, thumbnails, colors_N, strict=True):
+        if (column, row) in taken:
+            continue
+        taken.add((column, row))
+        left, top = column * _CELL_PIXELS, (_MOSAIC_CELLS - 1 - row) * _CELL_PIXELS
+        canvas.paste(color, (left, top, left + _CELL_PIXELS, top + _CELL_PIXELS))
+        inner = Image.fromarray(thumbnail).resize((inner_side, inner_side))
+        canvas.paste(inner, (left + 2, top + 2))
+    return np.asarray(canvas)
+
+
+def class_colors(num_classes: int) -> list[str]:
+    """Return one CSS hex colour a class, mid-toned for light and dark pages alike."""
+    if num_classes <= len(_CLASS_COLORS):
+        return _CLASS_COLORS[:num_classes]
+    # Golden-ratio steps keep neighbouring class numbers far apart in hue.
+    rgb = [colorsys.hls_to_rgb(i * 0.618034 % 1, 0.55, 0.55) for i in range(num_classes)]
+    return ["#" + "".join(f"{round(channel * 255):02x}" for channel in color) for color in rgb]
+
+
+def png_data_uri(image: np.ndarray, *, max_side: int | None = None) -> str:
+    """Encode uint8 (H, W, 3 or 4) as a PNG data URI, shrunk to `max_side` pixels if larger."""
+    picture = Image.fromarray(image)
+    if max_side is not None:
+        picture.thumbnail((max_side, max_side))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def unit_square(points_N2: np.ndarray) -> np.ndarray:
+    """Scale positions, shape (N, 2), to 0..1 on both axes; an axis without spread becomes 0."""
+    low_2, high_2 = points_N2.min(axis=0), points_N2.max(axis=0)
+    return (points_N2 - low_2) / np.where(high_2 > low_2, high_2 - low_2, 1.0)
+
+
+def _running_mean(y_N: np.ndarray, window: int) -> np.ndarray:
+    """Mean over a centred window, which is cut off at both ends of the series."""
+    # An odd window no longer than the series: "same" then returns N centred values.
+    kernel = np.ones(min(window | 1, len(y_N)))
+    total_N = np.convolve(y_N, kernel, mode="same")
+    return total_N / np.convolve(np.ones(len(y_N)), kernel, mode="same")
+
+
+def _axes() -> tuple[Figure, Axes]:
+    """Return an empty figure with the report's quiet axes."""
+    figure = Figure(figsize=(4.9, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
+    axes.tick_params(colors=_INK, length=0, labelsize=10)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str, description: str) -> Markup:
+    """Render a figure to an `<svg>` element with its own ids and the page's colours and font."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    # What precedes </style> is for a file of its own: XML prologue, fixed size, global CSS.
+    head, body = buffer.getvalue().split("</style>", maxsplit=1)
+    view_box = head.split('viewBox="')[1].split('"')[0]
+    body = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{name}-", body.split("</defs>", 1)[1])
+    body = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", body)
+    body = re.sub("|".join(_CSS_COLORS), lambda match: _CSS_COLORS[match.group()], body)
+    label = html.escape(description)
+    tag = f'<svg class="chart" id="{name}" role="img" aria-label="{label}" viewBox="{view_box}">'
+    return Markup(tag + body)

@@ -1,0 +1,304 @@
+"""What the commands do, importable: train a run, evaluate it, report it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastclr import checkpointing, ds_config
+from fastclr.config import Config, ConfigError
+from fastclr.evaluation import knn, linear
+from fastclr.evaluation.features import Features, Pixels, extract
+from fastclr.facts import hardware, now, num_cores, versions
+from fastclr.files import write_json
+from fastclr.losses import LOSSES
+from fastclr.optim import LARS
+from fastclr.report import write_report
+from fastclr.simclr import SimCLR
+from fastclr.trainer import Summary, Trainer, device_of
+from fastclr.world import World
+from pipelines import ShardSet, SimCLRPolicy, make_loader
+from pipelines.loader import evaluation_batches
+
+logger = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+NUM_PAIRS, NUM_THUMBNAILS = 16, 1000
+
+# May change between the starts of one run; everything else is what the run is.
+VOLATILE = (
+    "run_dir", "log_every", "checkpoint_every", "keep_checkpoints",
+    "data.train", "data.num_threads", "data.prefetch",
+)  # fmt: skip
+
+def train(config: Config, ds_path: str, command: list[str]) -> Summary:
+    """Train the run that a configuration describes, or go on with it.
+
+    Writes ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``tensorboard/`` and, at the end,
+    ``summary.json`` into ``config.run_dir``.
+
+    Args:
+        config: Settings; what it leaves None the DeepSpeed JSON or the defaults fill in.
+        ds_path: DeepSpeed JSON file.
+        command: How the user started this, for the report.
+
+    Raises:
+        ConfigError: If anything cannot work; before a device is touched.
+        ShardError: If the data is missing or damaged.
+    """
+    world = World.detect()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    config, ds = ds_config.resolve(config, ds_config.read(ds_path), world)
+    shard_set = ShardSet.open(config.data.train)
+    run_dir = Path(config.run_dir)
+    _refuse_another_run(run_dir, config)
+    _share_cores(world)
+    loader = make_loader(
+        shard_set,
+        SimCLRPolicy(**asdict(config.views)),
+        micro_batch_size=ds_config.micro_batch_size(ds, world),
+        seed=config.seed,
+        backend=config.data.backend,
+        world=world,
+        device=device_of(world),
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
+    )
+    trainer = _trainer(config, ds, world)
+    facts = {
+        "config": asdict(config),
+        "ds_config": ds,
+        "command": shlex.join(command),
+        "versions": versions(),
+        "hardware": hardware(_device_name(trainer.device)),
+        "data": {"train": _data_facts(shard_set)},
+        "started": now(),
+    }
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / "config.json", facts)
+    summary = trainer.fit(loader, epochs=config.epochs, minutes=config.minutes)
+    if world.is_main:
+        done = {**asdict(summary), "finished": True, "ended": now()}
+        write_json(run_dir / "summary.json", done)
+        print(
+            f"trained {summary.steps} steps, {summary.images} images in "
+            f"{summary.training_seconds / 60:.1f} minutes ({summary.images_per_second:.0f} "
+            f"images/s, data wait {summary.data_wait_fraction:.1%}): {summary.checkpoint}"
+        )
+    return summary
+
+
+def _trainer(config: Config, ds: ds_config.JSON, world: World) -> Trainer:
+    """Build model, loss, optimizer and trainer."""
+    model = SimCLR.from_config(config)
+    if config.loss.name not in LOSSES:
+        raise ConfigError(f"loss {config.loss.name!r} is unknown: choose from {', '.join(LOSSES)}.")
+    rate = config.optimizer.learning_rate
+    assert rate is not None, "ds_config.resolve fills the rate in"
+    lars = LARS.for_module(
+        model,
+        learning_rate=rate,
+        weight_decay=config.optimizer.weight_decay or 0.0,
+        momentum=config.optimizer.momentum or 0.0,
+        trust_coefficient=config.optimizer.trust_coefficient or 1e-3,
+    )
+    return Trainer(
+        model,
+        loss=LOSSES[config.loss.name](temperature=config.loss.temperature),
+        ds_config=ds,
+        run_dir=config.run_dir,
+        optimizer=lars if config.optimizer.name == "LARS" else None,
+        warmup_epochs=config.optimizer.warmup_epochs,
+        schedule=config.optimizer.schedule,
+        seed=config.seed,
+        world=world,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+    )
+
+
+def _refuse_another_run(run_dir: Path, config: Config) -> None:
+    """Refuse to go on with a run under other settings."""
+    if not (run_dir / "config.json").exists():
+        return
+    before = _flat(_read_json(run_dir / "config.json")["config"])
+    now = _flat(json.loads(json.dumps(asdict(config))))
+    changed = [k for k in now if before.get(k) != now[k] and k not in VOLATILE]
+    if changed:
+        lines = [f"  {key}: {before.get(key)} before, {now[key]} now" for key in changed]
+        raise ConfigError(
+            f"{run_dir} holds a run with other settings:\n" + "\n".join(lines) + "\nRepeat the "
+            "old values to go on with it, or choose a new --run-dir."
+        )
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        flat.update(_flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+    return flat
+
+
+def _share_cores(world: World) -> None:
+    """Give each rank of this node its part of the cores, unless the user has said otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, num_cores() // world.num_local_ranks))
+
+
+def _data_facts(shard_set: ShardSet) -> dict[str, Any]:
+    """Say which data it was."""
+    return {
+        "path": str(shard_set.path),
+        "num_samples": len(shard_set),
+        "num_classes": shard_set.num_classes,
+        "digest": shard_set.digest,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    """Name the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Read one of a run's own files.
+
+    Raises:
+        ConfigError: If it is missing or damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error}): {file.parent} is no folder of a finished run. Name "
+            "the --run-dir of a training run."
+        ) from error
+
+
+def load_run(run_dir: Path) -> Config:
+    """Read the resolved configuration of a run."""
+    return Config.from_dict(_read_json(run_dir / "config.json")["config"])
+
+
+def evaluate(run_dir: Path, train_path: Path, test_path: Path, say: Say = print) -> dict[str, Any]:
+    """Score a run's encoder, the same encoder untrained, and raw pixels; write ``scores.json``.
+
+    Also writes the test features, ``features/h_test.npy`` and ``label_test.npy``, for the report.
+
+    Args:
+        run_dir: Folder of a training run with a checkpoint.
+        train_path: Labelled shard set the probes are fitted on.
+        test_path: Labelled shard set they are scored on.
+        say: Told what is being done.
+
+    Raises:
+        ConfigError: If the run has no checkpoint, or the data no labels or other classes.
+        ShardError: If the data is missing or damaged.
+    """
+    started = time.perf_counter()
+    config = load_run(run_dir)
+    checkpoint = checkpointing.latest(run_dir / "checkpoints")
+    if checkpoint is None:
+        raise ConfigError(f"{run_dir} has no checkpoint yet: train it first.")
+    sets = _labelled_sets(train_path, test_path)
+    trained, untrained = SimCLR.from_config(config).encoder, SimCLR.from_config(config).encoder
+    trained.load_state_dict(checkpointing.load_weights(checkpoint, "encoder."))
+    device = device_of(World())
+    scores = {}
+    for name, encoder in {"trained": trained, "untrained": untrained, "pixels": Pixels()}.items():
+        say(f"{name}: features of {len(sets[0])} train and {len(sets[1])} test images")
+        train, test = (
+            extract(encoder.to(device), evaluation_batches(s, config.views.size), device)
+            for s in sets
+        )
+        if name == "trained":
+            _save_features(run_dir / "features", test)
+        say(f"{name}: nearest neighbours")
+        knn_top1 = knn.knn_accuracy(train, test)
+        say(f"{name}: linear probe on {train.h_XF.shape[1]} features")
+        probe = linear.linear_probe(train, test)
+        scores[name] = {
+            "linear_top1": probe.top1,
+            "linear_l2": probe.l2,
+            "knn_top1": knn_top1,
+        }
+        say(f"{name}: linear {probe.top1:.1%}, kNN {knn_top1:.1%}")
+    result = {
+        "protocol": {"linear": linear.PROTOCOL, "knn": knn.PROTOCOL},
+        "scores": scores,
+        "checkpoint": checkpoint.name,
+        "num_train": len(sets[0]),
+        "num_test": len(sets[1]),
+        "num_classes": sets[0].num_classes,
+        "class_names": sets[0].class_names,
+        "test": str(test_path),
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(run_dir / "scores.json", result)
+    return result
+
+
+def _labelled_sets(*paths: Path) -> list[ShardSet]:
+    """Open shard sets that have the same classes."""
+    sets = [ShardSet.open(path) for path in paths]
+    for shard_set in sets:
+        if shard_set.label_N.min() < 0:
+            raise ConfigError(f"{shard_set.path} has images without a label: probes need labels.")
+        if shard_set.class_names != sets[0].class_names:
+            raise ConfigError(
+                f"{sets[0].path} has the classes {sets[0].class_names}, {shard_set.path} "
+                f"{shard_set.class_names}: a probe of one says nothing of the other."
+            )
+    return sets
+
+
+def _save_features(folder: Path, features: Features) -> None:
+    """Keep features for the report."""
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "h_test.npy", features.h_XF)
+    np.save(folder / "label_test.npy", features.label_X)
+
+
+def report(run_dir: Path) -> Path:
+    """Write ``report.json`` and ``report.html`` of a run; return the page's path.
+
+    The shards it was trained and evaluated on have to be where they were, for the pictures.
+    """
+    config = load_run(run_dir)
+    shard_set = ShardSet.open(config.data.train)
+    thumbnails = []
+    if (run_dir / "scores.json").exists():
+        test = ShardSet.open(_read_json(run_dir / "scores.json")["test"])
+        thumbnails = [test.image(i) for i in range(min(len(test), NUM_THUMBNAILS))]
+    return write_report(run_dir, view_pairs=_view_pairs(config, shard_set), thumbnails=thumbnails)
+
+
+def _view_pairs(config: Config, shard_set: ShardSet) -> list[tuple[np.ndarray, ...]]:
+    """Draw the first epoch's views of a few images, as training saw them."""
+    policy = SimCLRPolicy(**asdict(config.views))
+    order = make_loader(
+        shard_set,
+        policy,
+        micro_batch_size=min(NUM_PAIRS, len(shard_set)),
+        seed=config.seed,
+        backend="reference",
+        world=World(),
+    )
+    batch = next(iter(order))
+    images = [shard_set.image(int(i)) for i in batch.sample_id_B]
+    views = batch.views_VBCHW.permute(0, 1, 3, 4, 2).numpy()
+    return list(zip(images, *views, strict=True))

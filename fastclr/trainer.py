@@ -1,0 +1,403 @@
+"""The training loop. Open this file first.
+
+`train_step` is algorithm 1 of Chen et al. 2020; the rest keeps it fed, logged, saved and on time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
+from torch import nn
+
+from fastclr import checkpointing
+from fastclr.batch import Batch
+from fastclr.clock import Clock
+from fastclr.config import ConfigError, raise_all
+from fastclr.ds_config import JSON, engine_problems, read
+from fastclr.losses import contrastive_accuracy
+from fastclr.metrics import MetricsLog, Row, memory_gib
+from fastclr.optim import parameter_groups
+from fastclr.optim.schedules import Schedule
+from fastclr.simclr import Output, SimCLR
+from fastclr.world import World
+
+logger = logging.getLogger(__name__)
+
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+# With a length in minutes, the steps timed before the number of steps is fixed.
+CALIBRATION = (10, 40)
+
+
+class BatchSource(Protocol):
+    """What the trainer needs of a loader: endless batches and an exact position."""
+
+    micro_batch_size: int
+    batches_per_epoch: int
+    wait_seconds: float
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run was.
+
+    Attributes:
+        steps: Optimizer steps.
+        images: Source images seen over all ranks; each gave two views.
+        epochs: The same in epochs.
+        training_seconds: Time in training over all starts, checkpoints left out.
+        program_seconds: Time of the last start, from the trainer's creation.
+        images_per_second: images / training_seconds.
+        data_wait_fraction: Part of this start's training time spent waiting for the loader.
+        num_ranks: Processes.
+        checkpoint: Folder of the last checkpoint.
+    """
+
+    steps: int
+    images: int
+    epochs: float
+    training_seconds: float
+    program_seconds: float
+    images_per_second: float
+    data_wait_fraction: float
+    num_ranks: int
+    checkpoint: str
+
+
+def device_of(world: World) -> torch.device:
+    """Return this rank's CUDA device, or the CPU where there is none."""
+    return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else _CPU
+
+
+_CPU = torch.device("cpu")
+
+
+class Trainer:
+    """Trains a SimCLR model on a DeepSpeed engine and goes on where an earlier start stopped.
+
+    Args:
+        model: Encoder and head.
+        loss: Maps two projections (B, D) to this rank's mean loss; exact over ranks.
+        ds_config: DeepSpeed JSON, as a path or loaded.
+        run_dir: Folder of the run; a checkpoint in it is gone on from.
+        optimizer: Optimizer object; None if the JSON describes one. Its rates are the peak.
+        warmup_epochs: Epochs over which the rate rises from 0.
+        schedule: What follows; ``none`` where the JSON has a scheduler.
+        seed: Seed of dropout and the like; a function of it, the step and the rank.
+        world: Which rank of how many; None for what the launcher says.
+        log_every: Steps between log rows.
+        checkpoint_every: Steps between checkpoints; 0 for the end of each epoch.
+        keep_checkpoints: Checkpoints kept.
+    """
+
+    def __init__(
+        self,
+        model: SimCLR,
+        *,
+        loss: nn.Module,
+        ds_config: str | Path | JSON,
+        run_dir: str | Path,
+        optimizer: torch.optim.Optimizer | None = None,
+        warmup_epochs: float = 10.0,
+        schedule: Literal["cosine", "constant", "none"] = "cosine",
+        seed: int = 0,
+        world: World | None = None,
+        log_every: int = 10,
+        checkpoint_every: int = 0,
+        keep_checkpoints: int = 2,
+    ) -> None:
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.ds_config = dict(ds_config) if isinstance(ds_config, dict) else read(ds_config)
+        self.run_dir, self.seed, self.world = Path(run_dir), seed, world or World.detect()
+        self.warmup_epochs, self.schedule_kind = warmup_epochs, schedule
+        self.log_every, self.checkpoint_every = log_every, checkpoint_every
+        self.keep_checkpoints = keep_checkpoints
+        self.device = device_of(self.world)
+        self.step = 0
+        self.images = 0
+        self.total_steps: int | None = None
+        self.clock = Clock()
+
+    def train_step(self, batch: Batch) -> tuple[torch.Tensor, Output]:
+        """Take one optimizer step on a batch; nothing here waits for the device."""
+        self._set_rate()
+        # Randomness inside the model is a function of its coordinates: nothing to save or restore.
+        place = self.step * self.world.num_ranks + self.world.rank
+        torch.manual_seed((self.seed * 2**32 + place) % 2**63)
+        views_VBCHW = batch.views_VBCHW.to(self.device, non_blocking=True)
+        output = self.engine(views_VBCHW)
+        loss = self.loss(*output.z_ND.chunk(2))
+        self.engine.backward(loss)
+        self.engine.step()
+        self.step += 1
+        self.images += batch.views_VBCHW.shape[1] * self.world.num_ranks
+        return loss.detach(), output
+
+    def fit(
+        self, loader: BatchSource, *, epochs: float | None = None, minutes: float | None = None
+    ) -> Summary:
+        """Train to the end, from the last checkpoint in ``run_dir`` if there is one.
+
+        Args:
+            loader: Endless batches.
+            epochs: Length of the run; excludes ``minutes``.
+            minutes: Length in minutes of training. The steps that fit are computed from the speed
+                of steps 10 to 40 and then fixed, so that the run stays repeatable from there.
+
+        Raises:
+            ConfigError: If the length, the engine's configuration or a checkpoint is unusable.
+            FloatingPointError: If the loss is not finite.
+        """
+        if (epochs is None) == (minutes is None):
+            raise ConfigError(f"epochs is {epochs} and minutes is {minutes}: give exactly one.")
+        self._start_engine(loader)
+        self._resume(loader)
+        if epochs is not None:
+            self.total_steps = max(1, round(epochs * loader.batches_per_epoch))
+        with ExitStack() as stack:
+            log = self._open_log(stack)
+            self._loop(loader, minutes, log)
+        return self._summary(loader)
+
+    def _loop(self, loader: BatchSource, minutes: float | None, log: MetricsLog | None) -> None:
+        """Step until the end; log and save on the way."""
+        window = _Window(self, loader)
+        self.clock.start()
+        for batch in loader:
+            if self.total_steps is not None and self.step >= self.total_steps:
+                break
+            loss, output = self.train_step(batch)
+            if self.total_steps is None and minutes is not None:
+                self._fix_length(minutes)
+            done = self.step == self.total_steps
+            if self.step % self.log_every == 0 or done:
+                row = window.close(loss, output)
+                if log:
+                    log.write(row, self.total_steps)
+            every = self.checkpoint_every or loader.batches_per_epoch
+            if self.step % every == 0 or done:
+                self.clock.pause()
+                self._save(loader)
+                self.clock.start()
+                window.reopen()
+            if done:
+                break
+        self.clock.pause()
+
+    def _set_rate(self) -> None:
+        """Set every group's rate for this step, unless the JSON's scheduler owns it."""
+        if self.schedule is None:
+            return
+        factor = self.schedule.factor(self.step, self.total_steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def _fix_length(self, minutes: float) -> None:
+        """Fix the number of steps once the speed is known; rank 0's clock decides for all."""
+        first, last = CALIBRATION
+        if self.step == first:
+            self._calibration_start = self.clock.training_seconds
+        elif self.step == last:
+            now = self.clock.training_seconds
+            step_seconds = (now - self._calibration_start) / (last - first)
+            more = max(0, int((minutes * 60 - now) / step_seconds))
+            steps = torch.tensor([self.step + more], device=self.device)
+            dist.broadcast(steps, src=0)
+            self.total_steps = int(steps.item())
+
+    def _start_engine(self, loader: BatchSource) -> None:
+        """Build the DeepSpeed engine; checks come before the device is touched."""
+        ds = {k: v for k, v in self.ds_config.items() if k not in MONITORS}
+        ours = type(self.optimizer).__name__ if self.optimizer else None
+        raise_all(engine_problems(ds, ours or ds.get("optimizer", {}).get("type")))
+        batch_size = loader.micro_batch_size * self.world.num_ranks
+        if ds.setdefault("train_batch_size", batch_size) != batch_size or batch_size < 2:
+            raise ConfigError(
+                f"the loader gives {loader.micro_batch_size} images on each of "
+                f"{self.world.num_ranks} ranks, the DeepSpeed JSON's train_batch_size is "
+                f"{ds['train_batch_size']}: they must be equal, and at least 2."
+            )
+        ds.setdefault("zero_allow_untested_optimizer", True)
+        ds.setdefault("steps_per_print", 10**9)
+        _init_distributed(self.world, self.device)
+        self._use_global_batch_norm()
+        decay = ds.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
+        self.engine, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=self.optimizer,
+            model_parameters=None if self.optimizer else parameter_groups(self.model, decay),
+            config=ds,
+        )
+        if not (self.engine.zero_optimization() or ds.get("bf16") or ds.get("fp16")):
+            # After initialize, whose broadcast refuses such weights; ZeRO's are views of flat ones.
+            self.engine.module.to(memory_format=torch.channels_last)
+        for group in self.engine.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        warmup_steps = round(self.warmup_epochs * loader.batches_per_epoch)
+        kind = self.schedule_kind
+        self.schedule = None if kind == "none" else Schedule(warmup_steps, kind)
+
+    def _use_global_batch_norm(self) -> None:
+        """Share BatchNorm statistics over ranks; where that cannot be, say so."""
+        has_batch_norm = any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()
+        )
+        if self.world.num_ranks == 1 or not has_batch_norm:
+            return
+        if self.device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        elif self.world.is_main:
+            logger.warning(
+                "BatchNorm statistics are per rank on the CPU: they leak which rows belong "
+                "together (Chen et al. 2020, section 2.2) and differ from a one-rank run."
+            )
+
+    def _open_log(self, stack: ExitStack) -> MetricsLog | None:
+        """Open the log on the main rank, monitors included."""
+        if not self.world.is_main:
+            return None
+        monitors = {k: v for k, v in self.ds_config.items() if k in MONITORS}
+        default = {"enabled": True, "output_path": str(self.run_dir), "job_name": "tensorboard"}
+        monitors = monitors or {"tensorboard": default}
+        master = MonitorMaster(get_monitor_config(monitors))
+        file = self.run_dir / "metrics.jsonl"
+        return stack.enter_context(MetricsLog(file, self.step, master.write_events))
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    def _save(self, loader: BatchSource) -> None:
+        """Write a checkpoint; every rank."""
+        facts = {
+            "step": self.step,
+            "images": self.images,
+            "total_steps": self.total_steps,
+            "training_seconds": self.clock.training_seconds,
+            "num_ranks": self.world.num_ranks,
+            "loader": loader.state_dict(),
+        }
+        checkpointing.save(self.engine, self._checkpoints, facts, self.keep_checkpoints)
+
+    def _resume(self, loader: BatchSource) -> None:
+        """Go on from the run's last checkpoint, or start from the model as it is."""
+        checkpoint = checkpointing.latest(self._checkpoints)
+        if checkpoint is None:
+            return
+        facts = checkpointing.load(self.engine, checkpoint)
+        loader.load_state_dict(facts["loader"])
+        self.step, self.images = facts["step"], facts["images"]
+        self.total_steps = facts["total_steps"]
+        self.clock = Clock(facts["training_seconds"])
+        logger.warning("going on from %s, step %d", checkpoint, self.step)
+
+    def _summary(self, loader: BatchSource) -> Summary:
+        """Say what the run was."""
+        seconds = self.clock.training_seconds
+        return Summary(
+            steps=self.step,
+            images=self.images,
+            epochs=self.step / loader.batches_per_epoch,
+            training_seconds=seconds,
+            program_seconds=self.clock.program_seconds,
+            images_per_second=self.images / max(seconds, 1e-9),
+            data_wait_fraction=loader.wait_seconds / max(seconds, 1e-9),
+            num_ranks=self.world.num_ranks,
+            checkpoint=str(checkpointing.latest(self._checkpoints)),
+        )
+
+
+class _Window:
+    """Steps since the last log row; the only place that waits for the device."""
+
+    def __init__(self, trainer: Trainer, loader: BatchSource) -> None:
+        self._trainer, self._loader = trainer, loader
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Begin a new window here."""
+        self._time = time.perf_counter()
+        self._first = (self._trainer.step, self._trainer.images, self._loader.wait_seconds)
+
+    def close(self, loss: torch.Tensor, output: Output) -> Row:
+        """Return the row of this window, and begin the next.
+
+        Raises:
+            FloatingPointError: If the loss is not finite on any rank.
+        """
+        trainer = self._trainer
+        accuracy = contrastive_accuracy(*output.z_ND.detach().chunk(2))
+        values = torch.stack([loss.float(), accuracy]) / trainer.world.num_ranks
+        dist.all_reduce(values)
+        mean_loss, mean_accuracy = values.tolist()
+        seconds = time.perf_counter() - self._time
+        step, images, waited = self._first
+        steps = trainer.step - step
+        total = trainer.total_steps
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(
+                f"the loss is {mean_loss} at step {trainer.step}: the run stops before such weights "
+                "are saved. Lower the learning rate or raise the temperature, then start again: it "
+                "goes on from the last checkpoint."
+            )
+        row = {
+            "step": trainer.step,
+            "epoch": trainer.step / self._loader.batches_per_epoch,
+            "images": trainer.images,
+            "loss": mean_loss,
+            "contrastive_accuracy": mean_accuracy,
+            "learning_rate": trainer.engine.optimizer.param_groups[0]["lr"],
+            "images_per_second": (trainer.images - images) / seconds,
+            "data_wait_fraction": (self._loader.wait_seconds - waited) / seconds,
+            "step_seconds": seconds / max(1, steps),
+            "memory_gib": memory_gib(trainer.device),
+            "eta_seconds": None if total is None else (total - trainer.step) * seconds / steps,
+            "training_seconds": trainer.clock.training_seconds,
+        }
+        self.reopen()
+        return row
+
+
+def _init_distributed(world: World, device: torch.device) -> None:
+    """Join the process group; a world of one makes its own."""
+    # Compiling this CPU collective takes minutes at the first start, and a killed compilation makes
+    # later starts hang; gloo carries everything instead.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    alone = "MASTER_ADDR" not in os.environ
+    deepspeed.init_distributed(
+        backend,
+        auto_mpi_discovery=False,
+        verbose=False,
+        init_method=f"tcp://127.0.0.1:{_free_port()}" if alone else None,
+        rank=world.rank,
+        world_size=world.num_ranks,
+    )
+
+
+def _free_port() -> int:
+    """Ask the system for a free port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+

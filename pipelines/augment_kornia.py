@@ -1,0 +1,151 @@
+"""Batched augmentation with torch and Kornia's functions, on CPU or CUDA.
+
+Kornia's random classes draw one jitter order per batch and other laws than the paper; only its
+functions are used, with the policy's numbers. Which rows take which step is known on the host, so
+nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from kornia import enhance, filters
+
+from pipelines.decode import Pixels
+from pipelines.policy import SimCLRPolicy, ViewParams
+
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_STEPS: tuple[Step, ...] = (
+    enhance.adjust_brightness_accumulative,
+    enhance.adjust_contrast_with_mean_subtraction,
+    enhance.adjust_saturation_with_gray_subtraction,
+    lambda x, turns: enhance.adjust_hue(x, turns * (2 * math.pi)),
+)
+_GRAY = (0.299, 0.587, 0.114)
+
+
+@torch.inference_mode()
+def augment(
+    images: Sequence[Pixels],
+    params: ViewParams,
+    policy: SimCLRPolicy,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> torch.Tensor:
+    """Apply drawn numbers to images; the same pixels as the reference up to rounding.
+
+    Args:
+        images: n source images, uint8 (H, W, 3); those of one size are handled together.
+        params: Numbers of n views.
+        policy: Gives the size and the taps of the blur.
+        device: Where the work is done and the result lies.
+
+    Returns:
+        uint8 (n, size, size, 3).
+    """
+    x_NCHW = torch.empty(len(images), 3, policy.size, policy.size, device=device)
+    for rows in _rows_by_size(images):
+        source_NHWC = np.stack([images[i] for i in rows])
+        boxes_N4 = params.box_N4[rows]
+        x_NCHW[torch.from_numpy(rows).to(device)] = _crop_resize(
+            torch.from_numpy(source_NHWC).to(device), boxes_N4, policy.size
+        )
+    x_NCHW = _on_rows(x_NCHW, params.flip_N, lambda x, _: x.flip(-1)) / 255
+    x_NCHW = _round(_color(x_NCHW, params))
+    if policy.blur_taps > 1:
+        sigma_N2 = _to(params.sigma_N, x_NCHW)[:, None].expand(-1, 2)
+        x_NCHW = _on_rows(
+            x_NCHW,
+            params.blur_N,
+            lambda x, i: _round(filters.gaussian_blur2d(x, policy.blur_taps, sigma_N2[i])),
+        )
+    return (x_NCHW * 255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _rows_by_size(images: Sequence[Pixels]) -> list[npt.NDArray[np.int64]]:
+    """Group the images that can be stacked."""
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        rows.setdefault(image.shape, []).append(i)
+    return [np.array(group) for group in rows.values()]
+
+
+def _on_rows(
+    x_NCHW: torch.Tensor,
+    mask_N: npt.NDArray[np.bool_],
+    step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Replace the masked rows, in place; ``step`` gets them and their indices."""
+    rows = np.flatnonzero(mask_N)
+    if len(rows):
+        index = torch.from_numpy(rows).to(x_NCHW.device)
+        x_NCHW[index] = step(x_NCHW[index], index)
+    return x_NCHW
+
+
+def _color(x_NCHW: torch.Tensor, params: ViewParams) -> torch.Tensor:
+    """Jitter each image in its own order, then drop the colour where drawn; 0..1 in and out."""
+    factors_N4 = _to(params.factors_N4, x_NCHW)
+    for slot in range(4):
+        for number, step in enumerate(_STEPS):
+            x_NCHW = _on_rows(
+                x_NCHW,
+                params.jitter_N & (params.order_N4[:, slot] == number),
+                lambda x, i, step=step, number=number: step(x, factors_N4[i, number]),
+            )
+    weights = torch.tensor(_GRAY, device=x_NCHW.device)[:, None, None]
+    return _on_rows(
+        x_NCHW, params.gray_N, lambda x, _: (x * weights).sum(1, keepdim=True).expand_as(x)
+    )
+
+
+def _crop_resize(
+    source_NHWC: torch.Tensor, boxes_N4: npt.NDArray[np.int32], size: int
+) -> torch.Tensor:
+    """Crop, then resize with Pillow's antialiased bicubic; float 0..255 (n, 3, size, size).
+
+    Each axis is one small matrix per image, so that a batch of different boxes is two matrix
+    products. Pillow rounds between its two passes, horizontal first; so does this.
+    """
+    x_NCHW = source_NHWC.permute(0, 3, 1, 2).float()
+    top, left, height, width = boxes_N4.T
+    across = _to(_bicubic(left, width, x_NCHW.shape[3], size), x_NCHW)
+    down = _to(_bicubic(top, height, x_NCHW.shape[2], size), x_NCHW)
+    x_NCHW = (x_NCHW @ across[:, None].mT).round_().clamp_(0, 255)
+    return (down[:, None] @ x_NCHW).round_().clamp_(0, 255)
+
+
+def _bicubic(
+    start: npt.NDArray[np.int32], length: npt.NDArray[np.int32], num_in: int, num_out: int
+) -> npt.NDArray[np.float32]:
+    """Weights (n, num_out, num_in) that resample [start, start + length) to num_out samples.
+
+    Keys' cubic with a = -0.5, widened by the scale when it shrinks, cut at the crop's border and
+    renormalised, as in Pillow.
+    """
+    scale = (length / num_out)[:, None, None]
+    widening = np.maximum(scale, 1)
+    centre = (np.arange(num_out)[None, :, None] + 0.5) * scale
+    place = np.arange(num_in)[None, None, :] - start[:, None, None]
+    first = np.floor(np.maximum(centre - 2 * widening + 0.5, 0))
+    last = np.floor(np.minimum(centre + 2 * widening + 0.5, length[:, None, None]))
+    t = np.abs((place + 0.5 - centre) / widening)
+    near = (1.5 * t - 2.5) * t * t + 1
+    far = ((-0.5 * t + 2.5) * t - 4) * t + 2
+    weights = np.where(t < 1, near, np.where(t < 2, far, 0))
+    weights = np.where((place >= first) & (place < last), weights, 0)
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def _to(values: npt.NDArray[np.float32], like: torch.Tensor) -> torch.Tensor:
+    """Move host numbers beside a tensor."""
+    return torch.from_numpy(values).to(like.device)
+
+
+def _round(x_NCHW: torch.Tensor) -> torch.Tensor:
+    """Round to 8 bit, staying in 0..1."""
+    return (x_NCHW * 255).round_().clamp_(0, 255) / 255

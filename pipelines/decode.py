@@ -1,0 +1,103 @@
+"""Bytes to pixels, with limits; one function decides what a good image is."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+Pixels = npt.NDArray[np.uint8]
+
+MAX_PIXELS = 64 * 1024 * 1024  # a 100 kB file can claim a gigabyte of pixels
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+class DamagedImage(ValueError):
+    """Bytes that are no image, or one beyond the limits; the message says why."""
+
+
+def check_image(data: bytes) -> tuple[str, int, int]:
+    """Decode strictly and throw the pixels away.
+
+    Returns:
+        File extension (``jpg``, ``png`` or ``webp``), height and width in pixels.
+
+    Raises:
+        DamagedImage: If the bytes are empty, of another format, truncated, damaged, or larger than
+            :data:`MAX_PIXELS`.
+    """
+    try:
+        with _open(data) as image:
+            extension = FORMATS[image.format or ""]
+            width, height = image.size
+            if extension == "jpg" and _is_plain_jpeg(data):
+                simplejpeg.decode_jpeg(data, strict=True)
+            else:
+                image.load()
+    except DamagedImage:
+        raise
+    except Exception as error:  # decoders raise anything on hostile bytes
+        raise DamagedImage(f"does not decode: {error}") from error
+    return extension, height, width
+
+
+def decode(data: bytes) -> Pixels:
+    """Decode an image to RGB.
+
+    EXIF rotation is not applied, as in torchvision. Gray, palette, CMYK and 16-bit images become
+    8-bit RGB; transparency is dropped.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        DamagedImage: See :func:`check_image`.
+    """
+    try:
+        if data[:2] == b"\xff\xd8" and _is_plain_jpeg(data):
+            return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        with _open(data) as image:
+            return np.array(_to_rgb(image))
+    except DamagedImage:
+        raise
+    except Exception as error:  # decoders raise anything on hostile bytes
+        raise DamagedImage(f"does not decode: {error}") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header; refuse other formats and too many pixels before any is decoded."""
+    if not data:
+        raise DamagedImage("is empty (0 bytes)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(io.BytesIO(data), formats=list(FORMATS))
+        except Image.UnidentifiedImageError:
+            raise DamagedImage("is no JPEG, PNG or WebP image") from None
+    _check_size(*image.size)
+    return image
+
+
+def _check_size(width: int, height: int) -> None:
+    """Refuse more pixels than MAX_PIXELS."""
+    if width * height > MAX_PIXELS:
+        raise DamagedImage(f"has {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether simplejpeg gives the same RGB pixels as Pillow: not for CMYK."""
+    height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+    _check_size(width, height)
+    return colour in ("YCbCr", "RGB", "Gray")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to 8-bit RGB."""
+    if image.mode.startswith("I"):  # 16 bit: Pillow's own conversion clips at 255
+        samples = np.asarray(image, np.int64) >> 8
+        image = Image.fromarray(samples.clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")

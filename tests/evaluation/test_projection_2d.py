@@ -1,0 +1,63 @@
+"""t-SNE of features."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastclr.config import ConfigError
+from fastclr.evaluation.projection_2d import tsne
+
+
+def clusters(num_points: int = 90, num_features: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Return features in three far clusters, float32, and the clusters' numbers."""
+    rng = np.random.default_rng(0)
+    label_X = np.arange(num_points) % 3
+    centers = 8 * rng.normal(size=(3, num_features))
+    features_XF = rng.normal(size=(num_points, num_features)) + centers[label_X]
+    return features_XF.astype(np.float32), label_X
+
+
+def test_clusters_stay_apart():
+    features_XF, label_X = clusters()
+    points_N2 = tsne(features_XF)
+    assert points_N2.shape == (90, 2)
+    assert points_N2.dtype == np.float32
+    distance_NN = np.linalg.norm(points_N2[:, None] - points_N2[None], axis=2)
+    np.fill_diagonal(distance_NN, np.inf)
+    assert (label_X[distance_NN.argmin(axis=1)] == label_X).all()
+
+
+def test_same_seed_same_picture():
+    features_XF, _ = clusters(60)
+    np.testing.assert_array_equal(tsne(features_XF, seed=3), tsne(features_XF, seed=3))
+
+
+def test_first_rows_are_taken():
+    features_XF, _ = clusters(60)
+    np.testing.assert_array_equal(tsne(features_XF, max_points=20), tsne(features_XF[:20]))
+
+
+@pytest.mark.parametrize("num_points", [4, 5, 10])
+def test_few_points(num_points):
+    assert np.isfinite(tsne(clusters(num_points)[0])).all()
+
+
+def test_collapsed_features():
+    assert np.isfinite(tsne(np.ones((12, 8), np.float32))).all()
+
+
+def test_input_stays_as_it_is():
+    features_XF, _ = clusters(12)
+    before = features_XF.copy()
+    tsne(features_XF)
+    np.testing.assert_array_equal(features_XF, before)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ConfigError, match="3 points"):
+        tsne(np.zeros((3, 8)))
+    with pytest.raises(ConfigError, match=r"shape \(8,\)"):
+        tsne(np.zeros(8))
+    with pytest.raises(ConfigError, match="row 5"):
+        tsne(np.where(np.arange(10)[:, None] == 5, np.nan, np.ones((10, 4))))

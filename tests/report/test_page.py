@@ -1,0 +1,264 @@
+"""The report page and report.json from synthetic run directories."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastclr.config import ConfigError
+from fastclr.report import write_report
+
+METRICS = "step loss contrastive_accuracy images_per_second data_wait_fraction training_seconds"
+HOSTILE = "<script>alert(1)</script>"
+COMMAND = """deepspeed train.py --name "a'b" --note '</script><img src=x onerror=alert(1)>' $HOME"""
+
+
+def make_run(folder: Path, *, evaluated: bool = True) -> Path:
+    """Write a finished run of 200 logged steps, with hostile names, into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "step": step,
+            "epoch": step / 40,
+            "images": step * 256,
+            "loss": 6.24 - 2 * (1 - np.exp(-step / 400)) + 0.08 * np.sin(step * 1.7),
+            "contrastive_accuracy": 0.7 * (1 - np.exp(-step / 500)),
+            "learning_rate": 0.1,
+            "images_per_second": 410.0 + 25 * np.sin(step),
+            "data_wait_fraction": 0.02 + 0.01 * np.cos(step),
+            "step_seconds": 0.6,
+            "memory_gib": None,
+            "eta_seconds": 600 - step * 0.6,
+            "training_seconds": step * 0.6,
+        }
+        for step in range(5, 1005, 5)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json(folder / "config.json", record())
+    write_json(
+        folder / "summary.json",
+        {
+            "steps": 1000,
+            "images": 256000,
+            "epochs": 25.0,
+            "training_seconds": 600.0,
+            "program_seconds": 640.0,
+            "images_per_second": 412.3,
+            "data_wait_fraction": 0.021,
+            "num_ranks": 1,
+            "finished": True,
+            "ended": "2026-01-01T12:11:00+00:00",
+        },
+    )
+    if evaluated:
+        write_evaluation(folder)
+    return folder
+
+
+def record() -> dict:
+    """Return the content of config.json."""
+    return {
+        "config": {
+            "data": {"train": "shards/train", "backend": "kornia", "num_threads": 1},
+            "views": {"size": 32, "color_strength": 0.5, "crop_scale": [0.08, 1.0]},
+            "encoder": {"name": "resnet10", "width": 0.5, "stem": "small"},
+            "head": {"kind": "mlp", "depth": 2, "output_dim": 128},
+            "loss": {"name": "nt_xent", "temperature": 0.2},
+            "optimizer": {"name": "LARS", "learning_rate": None, "base_learning_rate": 0.3},
+            "epochs": None,
+            "minutes": 10.0,
+            "global_batch_size": 256,
+            "seed": 0,
+        },
+        "ds_config": {"train_batch_size": 256, "zero_optimization": {"stage": 1}, "x": HOSTILE},
+        "command": COMMAND,
+        "versions": {"fastclr": "0.1.0", "python": "3.11.7", "torch": "2.9.0"},
+        "hardware": {"device": "cpu", "processor": "Example CPU <2 GHz>", "cores": 2},
+        "data": {
+            "train": {
+                "path": "shards/train",
+                "num_samples": 50000,
+                "num_classes": 10,
+                "digest": "9f" * 32,
+            }
+        },
+        "started": "2026-01-01T12:00:00+00:00",
+    }
+
+
+def write_evaluation(folder: Path) -> None:
+    """Write scores and 240 test features in ten clusters."""
+    names = ["airplane", "automobile\udcff", "bird", "cat", "deer", "dog", "frog", "horse", "ship"]
+    pairs = {"trained": (0.642, 0.588), "untrained": (0.391, 0.334), "pixels": (0.372, 0.318)}
+    write_json(
+        folder / "scores.json",
+        {
+            "protocol": {
+                "linear": "Multinomial logistic regression on standardised h; L2 by a held-out 10 %"
+                " of the training set.",
+                "knn": "Weighted kNN by cosine similarity, k = 200, temperature 0.1.",
+            },
+            "scores": {k: {"linear_top1": a, "knn_top1": b} for k, (a, b) in pairs.items()},
+            "num_train": 50000,
+            "num_test": 10000,
+            "num_classes": 10,
+            "class_names": [*names, HOSTILE],
+            "seconds": 31.0,
+        },
+    )
+    rng = np.random.default_rng(0)
+    label_X = np.arange(240) % 10
+    features_XF = rng.normal(size=(240, 64)) + 1.1 * rng.normal(size=(10, 64))[label_X]
+    (folder / "features").mkdir(exist_ok=True)
+    np.save(folder / "features" / "h_test.npy", features_XF.astype(np.float32))
+    np.save(folder / "features" / "label_test.npy", label_X)
+
+
+def write_json(path: Path, document: dict) -> None:
+    """Write a JSON file."""
+    path.write_text(json.dumps(document))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Return an evaluated run directory with its report."""
+    run_dir = make_run(tmp_path_factory.mktemp("runs") / "cifar10 <b>bold")
+    images = np.random.default_rng(0).integers(0, 255, (240, 32, 32, 3), dtype=np.uint8)
+    pair = (np.zeros((300, 400, 3), np.uint8), images[0], images[1])
+    assert write_report(run_dir, view_pairs=[pair], thumbnails=images) == run_dir / "report.html"
+    return run_dir
+
+
+def test_report_json_has_the_schema(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert report["schema_version"] == 1
+    assert report["scores"]["trained"] == {"linear_top1": 0.642, "knn_top1": 0.588}
+    assert set(report["scores"]) == {"trained", "untrained", "pixels"}
+    assert report["minutes"] == 10.0
+    assert report["images_per_second"] == 412.3
+    assert report["data_wait_fraction"] == 0.021
+    assert report["ended"] > report["started"]
+    for key in ("config", "ds_config", "versions", "hardware", "command"):
+        assert report[key] == record()[key]
+
+
+def test_page_is_self_contained(finished):
+    html = (finished / "report.html").read_text()
+    assert not re.search(r"https?://|@import", html)
+    sources = re.findall(r"""(?:src|href)=["']?([^"'> ]*)""", html)
+    assert sources
+    assert all(source.startswith(("data:", "#")) for source in sources if source != "x")
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+
+
+def test_outside_strings_are_escaped(finished):
+    html = (finished / "report.html").read_text()
+    assert "<b>bold" not in html
+    assert "<img src=x" not in html
+    assert "alert(1)</script>" not in html
+    assert html.count("<script") == html.count("</script>") == 1
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;</li>" in html
+    assert "&quot;a&#x27;b&quot;" in html
+    assert "automobile?</li>" in html
+
+
+def test_ids_are_unique_and_references_resolve(finished):
+    html = (finished / "report.html").read_text()
+    ids = re.findall(r'\sid="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', html)) <= set(ids)
+
+
+def test_page_shows_the_numbers(finished):
+    html = (finished / "report.html").read_text()
+    for text in (
+        "64.2%",
+        "+25.1 points over untrained, +27.0 over pixels",
+        "k = 200",
+        "2.1%",
+        "6.24",
+    ):
+        assert text in html
+    assert "crop_scale" in html
+    assert html.count('class="pixelated"') == 2
+    assert html.count('class="smooth"') == 1
+
+
+def test_report_is_the_same_twice(finished, tmp_path):
+    first, second = (make_run(tmp_path / name / "run", evaluated=False) for name in "ab")
+    pages = [
+        write_report(run_dir).read_text().replace("/b/run", "/a/run") for run_dir in (first, second)
+    ]
+    assert pages[0] == pages[1]
+
+
+def test_missing_scores_say_how_to_make_them(tmp_path):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    html = write_report(run_dir).read_text()
+    assert f"python tools/evaluate.py --run {run_dir} ..." in html
+    assert json.loads((run_dir / "report.json").read_text())["scores"] is None
+
+
+def test_one_logged_row_is_enough(tmp_path):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    row = (run_dir / "metrics.jsonl").read_text().splitlines()[0]
+    (run_dir / "metrics.jsonl").write_text(row)
+    assert write_report(run_dir).exists()
+
+
+NAN_ROW = json.dumps(dict.fromkeys(METRICS.split(), float("nan")))
+BROKEN = ["{broken", "[]", "{}", '"loss"', "", "\xff", "9" * 400, '{"step": "x"}', NAN_ROW]
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_broken_metrics_line_is_named(tmp_path, line):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    rows = (run_dir / "metrics.jsonl").read_text().splitlines()
+    rows[2] = line
+    (run_dir / "metrics.jsonl").write_text("\n".join(rows), encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 3 .*Delete"):
+        write_report(run_dir)
+    assert not list(run_dir.glob("*report*"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl"])
+def test_missing_file_is_named(tmp_path, name):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    (run_dir / name).unlink()
+    with pytest.raises(ConfigError, match=re.escape(name) + " is missing"):
+        write_report(run_dir)
+
+
+def test_wrong_field_is_named(tmp_path):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    (run_dir / "summary.json").write_text('{"images": 1, "epochs": NaN}')
+    with pytest.raises(ConfigError, match=r"summary\.json: epochs is None"):
+        write_report(run_dir)
+    (run_dir / "summary.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"summary\.json is not JSON"):
+        write_report(run_dir)
+
+
+def test_features_must_fit_their_labels(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    np.save(run_dir / "features" / "label_test.npy", np.arange(3))
+    with pytest.raises(ConfigError, match=r"label_test\.npy int64 \(3,\)"):
+        write_report(run_dir)
+
+
+def test_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    (run_dir / "report.json").write_text("old")
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_report(run_dir)
+    assert not (run_dir / "report.html").exists()
+    assert (run_dir / "report.json").read_text() == "old"

@@ -1,0 +1,25 @@
+"""Make a run's report: ``python tools/report.py --run runs/demo``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from fastclr.cli import guard
+
+
+def report(run: Path) -> None:
+    """Write report.json and report.html into the run's folder.
+
+    Args:
+        run: Folder of a training run (its --run-dir).
+    """
+    from fastclr import runs
+
+    print(f"report: {runs.report(run).resolve()}")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(lambda: tyro.cli(report)))
