@@ -27,9 +27,10 @@ class Batch:
     def check(self) -> Batch:
         """Raise ValueError if shapes or dtypes break the contract; return self."""
         views = self.views_VBCHW
-        if views.ndim != 5 or views.shape[2] != 3 or views.dtype != torch.uint8:
+        num_views, _, channels = (*views.shape, 0, 0, 0)[:3]
+        if views.ndim != 5 or (num_views, channels) != (2, 3) or views.dtype != torch.uint8:
             raise ValueError(
-                f"views are {views.dtype} {tuple(views.shape)}: give uint8 (views, B, 3, H, W)."
+                f"views are {views.dtype} {tuple(views.shape)}: give uint8 (2, B, 3, H, W)."
             )
         num_images = views.shape[1]
         for name, values in {"label_B": self.label_B, "sample_id_B": self.sample_id_B}.items():

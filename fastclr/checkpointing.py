@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fastclr.config import ConfigError
 from fastclr.files import sha256_of, write_json
@@ -116,8 +117,9 @@ def load_weights(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
 def _save_weights(engine: DeepSpeedEngine, file: Path) -> None:
     """Write the module's whole state on rank 0; gathers it under ZeRO stage 3."""
     sharded = engine.zero_optimization_partition_weights()
-    parameters = list(engine.module.parameters()) if sharded else []
+    module = cast(nn.Module, engine.module)
+    parameters = list(module.parameters()) if sharded else []
     with deepspeed.zero.GatheredParameters(parameters, enabled=sharded):
         if dist.get_rank() == 0:
-            state = {k: v.detach().cpu().contiguous() for k, v in engine.module.state_dict().items()}
+            state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
             save_file(state, file)

@@ -19,6 +19,7 @@ class Clock:
 
     def start(self) -> None:
         """Start or go on counting training time."""
+        self._before = self.training_seconds
         self._running_since = time.perf_counter()
 
     def pause(self) -> None:

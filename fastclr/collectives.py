@@ -23,7 +23,8 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         # Each rank's loss reaches our rows; the sum over ranks is the column term that losses
         # which gather without gradient leave out.
-        grad_MD = grad_outputs[0].contiguous()
+        # A copy: autograd may hand the incoming tensor to other operations too.
+        grad_MD = grad_outputs[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad_MD, group=ctx.group)
         num_ranks = dist.get_world_size(ctx.group)
         return grad_MD.chunk(num_ranks)[dist.get_rank(ctx.group)], None

@@ -1,8 +1,8 @@
 """The user's DeepSpeed JSON: read strictly, merged with the run's configuration.
 
-One key, one owner: the JSON owns batch sizes, precision, ZeRO, communication, clipping and monitors,
-and may own the optimizer and its schedule; the configuration fills in what it leaves out. Set on
-both sides with different values is an error that names both.
+One key, one owner: the JSON owns batch sizes, precision, ZeRO, communication, clipping and
+monitors, and may own the optimizer and its schedule; the configuration fills in what it leaves
+out. Set on both sides with different values is an error that names both.
 """
 
 from __future__ import annotations
@@ -52,7 +52,15 @@ def read(path: str | Path) -> JSON:
         raise ConfigError(f"DeepSpeed JSON {path} is no JSON: {error}.") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"DeepSpeed JSON {path} holds a {type(loaded).__name__}, no object.")
-    return cast(JSON, loaded)
+    ds = cast(JSON, loaded)
+    raise_all(
+        [
+            f"{key} is {ds[key]!r} in DeepSpeed JSON {path}: give an object, {{...}}."
+            for key in ("optimizer", "scheduler", "zero_optimization", "fp16", "bf16", "bfloat16")
+            if not isinstance(ds.get(key, {}), dict)
+        ]
+    )
+    return ds
 
 
 def resolve(config: Config, ds: JSON, world: World) -> tuple[Config, JSON]:
@@ -99,24 +107,36 @@ def _one_owner(key: str, ours: Any, ds_key: str, theirs: Any, problems: list[str
     return theirs if ours is None else ours
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a JSON value is a number; "auto" is another trainer's."""
+    return type(value) in (int, float)
+
+
 def _merge_batch(config: Config, ds: JSON, world: World, problems: list[str]) -> int:
     """Fill the JSON's three batch keys; return the global batch size."""
     micro = ds.get("train_micro_batch_size_per_gpu")
     steps = ds.setdefault("gradient_accumulation_steps", 1)
-    sizes: dict[str, Any] = {"train_batch_size": ds.get("train_batch_size"), "micro": micro}
-    for key, value in {**sizes, "gradient_accumulation_steps": steps}.items():
+    total = ds.get("train_batch_size")
+    sizes: dict[str, Any] = {
+        "train_batch_size": total,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+    }
+    for key, value in sizes.items():
         if value is not None and (type(value) is not int or value < 1):
             problems.append(f"{key} is {value!r} in the DeepSpeed JSON: give an integer >= 1.")
             return 2
     implied = None if micro is None else micro * steps * world.num_ranks
+    if None not in (total, implied) and total != implied:
+        problems.append(
+            f"train_batch_size is {total} and train_micro_batch_size_per_gpu {micro} x {steps} "
+            f"steps x {world.num_ranks} ranks is {implied}, both in the DeepSpeed JSON: make them "
+            "equal or remove one."
+        )
+    total = implied if total is None else total
     total = _one_owner(
-        "train_batch_size",
-        ds.get("train_batch_size"),
-        f"train_micro_batch_size_per_gpu x steps x {world.num_ranks} ranks",
-        implied,
-        problems,
+        "global_batch_size", config.global_batch_size, "train_batch_size", total, problems
     )
-    total = _one_owner("global_batch_size", config.global_batch_size, "it", total, problems)
     if total is None:
         problems.append(
             "no batch size is set: give --global-batch-size, or train_batch_size in the JSON."
@@ -127,7 +147,8 @@ def _merge_batch(config: Config, ds: JSON, world: World, problems: list[str]) ->
             f"global_batch_size is {total}: NT-Xent contrasts images with each other and one "
             "image has no negative. Give 2 or more (hundreds, to learn something)."
         )
-    elif total % world.num_ranks:
+        return 2
+    if total % world.num_ranks:
         problems.append(
             f"global_batch_size {total} is no multiple of {world.num_ranks} ranks: every rank "
             "holds the same number of images. Change one of them."
@@ -150,6 +171,12 @@ def _merge_optimizer(
         "momentum": params.get("momentum"),
         "trust_coefficient": params.get("trust_coefficient"),
     }
+    for key, value in theirs.items():
+        if key != "name" and value is not None and not (_is_number(value) and value >= 0):
+            problems.append(
+                f"optimizer {key} is {value!r} in the DeepSpeed JSON: give a number >= 0."
+            )
+            theirs[key] = None
     merged = {
         key: _one_owner(
             f"optimizer.{key}", getattr(config, key), f"optimizer {key}", value, problems
@@ -191,7 +218,7 @@ def engine_problems(ds: JSON, optimizer_name: str | None) -> list[str]:
             "caching is not there yet)."
         )
     stage = ds.get("zero_optimization", {}).get("stage", 0)
-    half = [key for key in ("fp16", "bf16") if ds.get(key, {}).get("enabled")]
+    half = [key for key in ("fp16", "bf16", "bfloat16") if ds.get(key, {}).get("enabled")]
     if optimizer_name == "LARS" and (stage or half):
         problems.append(
             f"LARS with {f'ZeRO stage {stage}' if stage else half[0]} is refused: the engine hands "

@@ -89,7 +89,7 @@ def _resnet(name: str, width: float, stem: str) -> ResNet:
     kernel, stride, pooled = STEMS[stem]
     # timm scales the stem only in its "deep" form; its three convolutions are replaced by one.
     network = ResNet(
-        block,
+        cast(Any, block),  # timm annotates the instance where it takes the class
         layers,
         num_classes=0,
         channels=channels,

@@ -23,7 +23,7 @@ from fastclr.facts import hardware, now, num_cores, versions
 from fastclr.files import write_json
 from fastclr.losses import LOSSES
 from fastclr.optim import LARS
-from fastclr.report import write_report
+from fastclr.report import ViewPair, write_report
 from fastclr.simclr import SimCLR
 from fastclr.trainer import Summary, Trainer, device_of
 from fastclr.world import World
@@ -33,13 +33,14 @@ from pipelines.loader import evaluation_batches
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
-NUM_PAIRS, NUM_THUMBNAILS = 16, 1000
+NUM_PAIRS, NUM_THUMBNAILS = 12, 1000
 
 # May change between the starts of one run; everything else is what the run is.
 VOLATILE = (
     "run_dir", "log_every", "checkpoint_every", "keep_checkpoints",
     "data.train", "data.num_threads", "data.prefetch",
 )  # fmt: skip
+
 
 def train(config: Config, ds_path: str, command: list[str]) -> Summary:
     """Train the run that a configuration describes, or go on with it.
@@ -283,11 +284,12 @@ def report(run_dir: Path) -> Path:
     thumbnails = []
     if (run_dir / "scores.json").exists():
         test = ShardSet.open(_read_json(run_dir / "scores.json")["test"])
-        thumbnails = [test.image(i) for i in range(min(len(test), NUM_THUMBNAILS))]
+        # Shard sets are shuffled when they are packed: the first rows are a sample of all.
+        thumbnails = [test[i] for i in range(min(len(test), NUM_THUMBNAILS))]
     return write_report(run_dir, view_pairs=_view_pairs(config, shard_set), thumbnails=thumbnails)
 
 
-def _view_pairs(config: Config, shard_set: ShardSet) -> list[tuple[np.ndarray, ...]]:
+def _view_pairs(config: Config, shard_set: ShardSet) -> list[ViewPair]:
     """Draw the first epoch's views of a few images, as training saw them."""
     policy = SimCLRPolicy(**asdict(config.views))
     order = make_loader(
@@ -299,6 +301,6 @@ def _view_pairs(config: Config, shard_set: ShardSet) -> list[tuple[np.ndarray, .
         world=World(),
     )
     batch = next(iter(order))
-    images = [shard_set.image(int(i)) for i in batch.sample_id_B]
+    images = [shard_set[int(i)] for i in batch.sample_id_B]
     views = batch.views_VBCHW.permute(0, 1, 3, 4, 2).numpy()
-    return list(zip(images, *views, strict=True))
+    return list(zip(images, views[0], views[1], strict=True))

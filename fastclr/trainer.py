@@ -37,6 +37,7 @@ from fastclr.world import World
 
 logger = logging.getLogger(__name__)
 
+ScheduleKind = Literal["cosine", "constant", "none"]
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 # With a length in minutes, the steps timed before the number of steps is fixed.
 CALIBRATION = (10, 40)
@@ -49,9 +50,17 @@ class BatchSource(Protocol):
     batches_per_epoch: int
     wait_seconds: float
 
-    def __iter__(self) -> Iterator[Batch]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches from the current position on, without end."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last batch handed out."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after a position; refuse one of other data."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ class Trainer:
         run_dir: str | Path,
         optimizer: torch.optim.Optimizer | None = None,
         warmup_epochs: float = 10.0,
-        schedule: Literal["cosine", "constant", "none"] = "cosine",
+        schedule: ScheduleKind = "cosine",
         seed: int = 0,
         world: World | None = None,
         log_every: int = 10,
@@ -126,10 +135,12 @@ class Trainer:
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.ds_config = dict(ds_config) if isinstance(ds_config, dict) else read(ds_config)
         self.run_dir, self.seed, self.world = Path(run_dir), seed, world or World.detect()
-        self.warmup_epochs, self.schedule_kind = warmup_epochs, schedule
+        self.warmup_epochs = warmup_epochs
+        self.schedule_kind: ScheduleKind = schedule
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
         self.keep_checkpoints = keep_checkpoints
         self.device = device_of(self.world)
+        self.engine: Any = None  # DeepSpeed's types deny what its engines have
         self.step = 0
         self.images = 0
         self.total_steps: int | None = None
@@ -239,11 +250,9 @@ class Trainer:
         _init_distributed(self.world, self.device)
         self._use_global_batch_norm()
         decay = ds.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
+        groups: Any = None if self.optimizer else parameter_groups(self.model, decay)
         self.engine, *_ = deepspeed.initialize(
-            model=self.model,
-            optimizer=self.optimizer,
-            model_parameters=None if self.optimizer else parameter_groups(self.model, decay),
-            config=ds,
+            model=self.model, optimizer=self.optimizer, model_parameters=groups, config=ds
         )
         if not (self.engine.zero_optimization() or ds.get("bf16") or ds.get("fp16")):
             # After initialize, whose broadcast refuses such weights; ZeRO's are views of flat ones.
@@ -252,7 +261,7 @@ class Trainer:
             group.setdefault("initial_lr", group["lr"])
         warmup_steps = round(self.warmup_epochs * loader.batches_per_epoch)
         kind = self.schedule_kind
-        self.schedule = None if kind == "none" else Schedule(warmup_steps, kind)
+        self.schedule = Schedule(warmup_steps, kind) if kind != "none" else None
 
     def _use_global_batch_norm(self) -> None:
         """Share BatchNorm statistics over ranks; where that cannot be, say so."""
@@ -343,7 +352,8 @@ class _Window:
             FloatingPointError: If the loss is not finite on any rank.
         """
         trainer = self._trainer
-        accuracy = contrastive_accuracy(*output.z_ND.detach().chunk(2))
+        z0_BD, z1_BD = output.z_ND.detach().chunk(2)
+        accuracy = contrastive_accuracy(z0_BD, z1_BD)
         values = torch.stack([loss.float(), accuracy]) / trainer.world.num_ranks
         dist.all_reduce(values)
         mean_loss, mean_accuracy = values.tolist()
@@ -353,9 +363,9 @@ class _Window:
         total = trainer.total_steps
         if not math.isfinite(mean_loss):
             raise FloatingPointError(
-                f"the loss is {mean_loss} at step {trainer.step}: the run stops before such weights "
-                "are saved. Lower the learning rate or raise the temperature, then start again: it "
-                "goes on from the last checkpoint."
+                f"the loss is {mean_loss} at step {trainer.step}: the run stops before such "
+                "weights are saved. Lower the learning rate or raise the temperature, and start a "
+                "new run."
             )
         row = {
             "step": trainer.step,
@@ -383,15 +393,15 @@ def _init_distributed(world: World, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    alone = "MASTER_ADDR" not in os.environ
-    deepspeed.init_distributed(
-        backend,
-        auto_mpi_discovery=False,
-        verbose=False,
-        init_method=f"tcp://127.0.0.1:{_free_port()}" if alone else None,
-        rank=world.rank,
-        world_size=world.num_ranks,
-    )
+    if "MASTER_ADDR" not in os.environ:  # no launcher: DeepSpeed still asks for its variables
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(_free_port()),
+            RANK=str(world.rank),
+            LOCAL_RANK=str(world.local_rank),
+            WORLD_SIZE=str(world.num_ranks),
+        )
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
 
 def _free_port() -> int:
@@ -399,5 +409,3 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-

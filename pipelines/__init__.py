@@ -19,7 +19,7 @@ _HOMES = {
     "SimCLRPolicy": "pipelines.policy",
     "make_loader": "pipelines.loader",
 }
-__all__ = list(_HOMES)  # noqa: PLE0604
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

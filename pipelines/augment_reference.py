@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as TF  # noqa: N812
+import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
 from pipelines.decode import Pixels

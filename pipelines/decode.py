@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,9 @@ from PIL import Image
 Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 64 * 1024 * 1024  # a 100 kB file can claim a gigabyte of pixels
-FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+FORMATS = ("JPEG", "PNG", "WEBP")
+# MPO: what Pillow calls the JPEG of a camera that appends a second picture.
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 class DamagedImage(ValueError):
@@ -32,7 +33,7 @@ def check_image(data: bytes) -> tuple[str, int, int]:
     """
     try:
         with _open(data) as image:
-            extension = FORMATS[image.format or ""]
+            extension = _EXTENSIONS[image.format or ""]
             width, height = image.size
             if extension == "jpg" and _is_plain_jpeg(data):
                 simplejpeg.decode_jpeg(data, strict=True)
@@ -72,12 +73,10 @@ def _open(data: bytes) -> Image.Image:
     """Read the header; refuse other formats and too many pixels before any is decoded."""
     if not data:
         raise DamagedImage("is empty (0 bytes)")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(data), formats=list(FORMATS))
-        except Image.UnidentifiedImageError:
-            raise DamagedImage("is no JPEG, PNG or WebP image") from None
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise DamagedImage("is no JPEG, PNG or WebP image") from None
     _check_size(*image.size)
     return image
 
@@ -91,7 +90,7 @@ def _check_size(width: int, height: int) -> None:
 def _is_plain_jpeg(data: bytes) -> bool:
     """Whether simplejpeg gives the same RGB pixels as Pillow: not for CMYK."""
     height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-    _check_size(width, height)
+    _check_size(int(width), int(height))
     return colour in ("YCbCr", "RGB", "Gray")
 
 

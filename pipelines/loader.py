@@ -78,7 +78,11 @@ class Loader:
             raise ConfigError(f"backend {backend!r} is unknown: choose from {', '.join(BACKENDS)}.")
         self.shard_set, self.policy, self.seed = shard_set, policy, seed
         self.micro_batch_size, self.world, self.device = micro_batch_size, world, device
-        self._augment, self._num_threads, self._prefetch = BACKENDS[backend](), num_threads, prefetch
+        self._augment, self._num_threads, self._prefetch = (
+            BACKENDS[backend](),
+            num_threads,
+            prefetch,
+        )
         self._epoch, self._position = 0, 0
         self.wait_seconds = 0.0
         self.batches_per_epoch = len(self._order(epoch=0, start=0)[0])
@@ -156,7 +160,7 @@ class Loader:
 
     def _make(self, epoch: int, sample_ids: Int64, positions: Int64) -> Batch:
         """Read, decode and augment one batch."""
-        images = [self.shard_set.image(int(i)) for i in sample_ids]
+        images = [self.shard_set[int(i)] for i in sample_ids]
         sizes_N2 = self.shard_set.size_N2[sample_ids]
         views = []
         for view in range(NUM_VIEWS):
@@ -215,14 +219,14 @@ def evaluation_batches(
     """
     for first in range(0, len(shard_set), batch_size):
         sample_ids = range(first, min(first + batch_size, len(shard_set)))
-        images = np.stack([_centre(shard_set.image(i), size) for i in sample_ids])
+        images = np.stack([_centre(shard_set[i], size) for i in sample_ids])
         labels = shard_set.label_N[first : sample_ids.stop]
         yield torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 
 def _centre(image: Pixels, size: int) -> Pixels:
     """Resize the shorter side and crop the centre."""
-    if image.shape[:2] == (size, size):
+    if image.shape[:2] == (size, size) and size <= 64:
         return image
     height, width = image.shape[:2]
     shorter = round(size / 0.875) if size > 64 else size

@@ -96,5 +96,5 @@ def order(
         )
     num_batches = max(0, num_samples - start) // global_batch_size
     places = start + np.arange(num_batches * global_batch_size, dtype=np.int64)
-    mine = places.reshape(num_batches, world.num_ranks, micro_batch_size)[:, world.rank]
+    mine = places.reshape((num_batches, world.num_ranks, micro_batch_size))[:, world.rank]
     return Order(permutation(num_samples, seed, epoch)[mine], mine)

@@ -117,14 +117,10 @@ class SimCLRPolicy(ViewsConfig):
         low, high = self.crop_ratio
         central_w = np.maximum(np.minimum(width, np.rint(height * high)), 1)
         central_h = np.maximum(np.minimum(height, np.rint(width / low)), 1)
-        central = [
-            (height - central_h) // 2,
-            (width - central_w) // 2,
-            central_h,
-            central_w,
-        ]
+        central = [(height - central_h) // 2, (width - central_w) // 2, central_h, central_w]
         drawn = np.stack([top, left, h, w], 1)
-        return np.where(fits.any(1)[:, None], drawn, np.stack(central, 1)).astype(np.int32)
+        accepted = np.any(fits, axis=1, keepdims=True)
+        return np.where(accepted, drawn, np.stack(central, 1)).astype(np.int32)
 
 
 def _between(bounds: tuple[float, ...], u: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -14,11 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from fastclr.files import sha256_of
-from pipelines.decode import DamagedImage, Pixels, decode
+from pipelines.decode import MAX_PIXELS, DamagedImage, Pixels, decode
 
 FORMAT = "fastclr-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
+_SHARD_FIELDS = {
+    "file": str,
+    "index": str,
+    "num_samples": int,
+    "num_bytes": int,
+    "sha256": str,
+    "index_sha256": str,
+}
 
 
 class ShardError(RuntimeError):
@@ -51,7 +59,7 @@ class Sample:
 
 
 class ShardSet:
-    """A validated shard set on local disk; reads any sample by its id, from any thread.
+    """A validated shard set on local disk; `shard_set[i]` is image i, from any thread.
 
     Attributes:
         path: Its folder.
@@ -127,7 +135,7 @@ class ShardSet:
             )
         return data
 
-    def image(self, sample_id: int) -> Pixels:
+    def __getitem__(self, sample_id: int) -> Pixels:
         """Return the decoded image, uint8 (H, W, 3) RGB.
 
         Raises:
@@ -140,7 +148,7 @@ class ShardSet:
                 f"{self._place(sample_id)} {error}. It was whole when it was packed: check the "
                 "shard against its sha256, restore it or pack again."
             ) from error
-        expected = tuple(self.size_N2[sample_id])
+        expected = tuple(self.size_N2[sample_id].tolist())
         if pixels.shape[:2] != expected:
             raise ShardError(
                 f"{self._place(sample_id)} is {pixels.shape[:2]} pixels, its index says "
@@ -158,7 +166,10 @@ class ShardSet:
             ShardError: At the first shard that differs.
         """
         for file, shard in zip(self._files, self._manifest["shards"], strict=True):
-            found = sha256_of(file)
+            try:
+                found = sha256_of(file)
+            except OSError as error:
+                raise ShardError(f"{file} cannot be read: {error}.") from error
             if found != shard["sha256"]:
                 raise ShardError(
                     f"{file} has sha256 {found}, its manifest says {shard['sha256']}: its bytes "
@@ -196,18 +207,19 @@ def _parse_manifest(raw: bytes, path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(raw)
         kind = (manifest["format"], manifest["version"])
-        shards = [(s["file"], s["index"], s["num_bytes"]) for s in manifest["shards"]]
-        well_formed = isinstance(manifest["class_names"], list) and manifest["num_samples"] >= 0
-    except (ValueError, KeyError, TypeError) as error:
+        if kind == (FORMAT, VERSION):
+            _check_fields(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ShardError(f"{path / MANIFEST} is damaged ({error!r}): pack again.") from error
-    if kind != (FORMAT, VERSION) or not well_formed:
+    if kind != (FORMAT, VERSION):
         raise ShardError(
             f"{path / MANIFEST} is {kind[0]} version {kind[1]}, this fastclr reads {FORMAT} "
             f"version {VERSION}: pack again with this version."
         )
-    for file, index, num_bytes in shards:
-        for name in (file, index):
-            if not isinstance(name, str) or Path(name).name != name:
+    for shard in manifest["shards"]:
+        file, num_bytes = shard["file"], shard["num_bytes"]
+        for name in (file, shard["index"]):
+            if Path(name).name != name or name == "..":
                 raise ShardError(f"{path / MANIFEST} names {name!r}: only its own folder's files.")
         actual = (path / file).stat().st_size if (path / file).is_file() else None
         if actual != num_bytes:
@@ -218,6 +230,18 @@ def _parse_manifest(raw: bytes, path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _check_fields(manifest: dict[str, Any]) -> None:
+    """Raise KeyError or TypeError where a field is missing or of another type."""
+    if not isinstance(manifest["num_samples"], int):
+        raise TypeError("num_samples is no integer")
+    if not all(isinstance(name, str) for name in manifest["class_names"]):
+        raise TypeError("class_names are no strings")
+    for shard in manifest["shards"]:
+        for name, kind in _SHARD_FIELDS.items():
+            if not isinstance(shard[name], kind):
+                raise TypeError(f"{name} of a shard is {shard[name]!r}")
+
+
 def _read_index(path: Path, shard: dict[str, Any]) -> list[Sample]:
     """Read one shard's index and check it against the manifest."""
     file = path / shard["index"]
@@ -226,9 +250,23 @@ def _read_index(path: Path, shard: dict[str, Any]) -> list[Sample]:
         if hashlib.sha256(raw).hexdigest() != shard["index_sha256"]:
             raise ShardError(f"{file} does not have the sha256 of its manifest; pack again.")
         samples = [Sample(**json.loads(line)) for line in raw.splitlines()]
-        fits = all(0 <= s.offset <= s.offset + s.num_bytes <= shard["num_bytes"] for s in samples)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        fits = all(_fits(sample, shard["num_bytes"]) for sample in samples)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ShardError(f"{file} is missing or damaged ({error}): pack again.") from error
     if len(samples) != shard["num_samples"] or not fits:
         raise ShardError(f"{file} does not fit {shard['file']}: pack again.")
     return samples
+
+
+def _fits(sample: Sample, tar_bytes: int) -> bool:
+    """Whether an index line has the types of a Sample and lies in its tar."""
+    label = -1 if sample.label is None else sample.label
+    numbers = (sample.offset, sample.num_bytes, sample.height, sample.width, label)
+    return (
+        all(isinstance(number, int) for number in numbers)
+        and all(isinstance(text, str) for text in (sample.key, sample.source))
+        and 0 <= sample.offset <= sample.offset + sample.num_bytes <= tar_bytes
+        and min(sample.height, sample.width) > 0
+        and sample.height * sample.width <= MAX_PIXELS
+        and abs(label) < 2**31
+    )

@@ -54,15 +54,14 @@ def list_source(source: Path) -> list[SourceImage]:
     Files whose name begins with a dot are left out; every other file has to be an image.
 
     Raises:
-        ConfigError: If the source is missing, mixes both layouts, or has no image or an empty class.
+        ConfigError: If the source is missing, mixes both layouts, has no image or an empty class.
     """
     if source.is_dir():
-        files = sorted(p for p in source.rglob("*") if p.is_file())
-        names = [p.relative_to(source).as_posix() for p in files]
-        images = [_source_image(name, file) for name, file in zip(names, files, strict=True)]
+        files = [p for p in source.rglob("*") if p.is_file()]
+        images = [_source_image(p.relative_to(source).as_posix(), p) for p in files]
         classes = {p.name for p in source.iterdir() if p.is_dir() and p.name[0] != "."}
     elif source.is_file():
-        images = sorted(_list_tar(source), key=lambda image: image.name)
+        images = list(_list_tar(source))
         classes = set()
     else:
         raise ConfigError(
@@ -70,6 +69,7 @@ def list_source(source: Path) -> list[SourceImage]:
             "or a plain tar of one of these."
         )
     images = [i for i in images if not any(p.startswith(".") for p in i.name.split("/"))]
+    images.sort(key=lambda image: image.name)  # a folder and its tar give the same order
     _check_classes(source, images, classes)
     return images
 
@@ -90,6 +90,11 @@ def _list_tar(source: Path) -> Iterator[SourceImage]:
                     raise ConfigError(
                         f"{source} has a member {member.name!r} that leaves its folder: this is "
                         "no tar of class/name.ext; do not trust it."
+                    )
+                if member.issym() or member.islnk():
+                    raise ConfigError(
+                        f"{source} has a link {member.name!r} instead of the file: write the tar "
+                        "with `tar --dereference --hard-dereference`."
                     )
                 if member.isfile():
                     yield _source_image(str(path), source, member.offset_data, member.size)

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 
-def parameter_groups(
-    module: nn.Module, weight_decay: float
-) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split trainable parameters by role: adapted and decayed, or neither.
 
     Biases and normalisation layers (every parameter of fewer than 2 dimensions) get no decay and

@@ -1,0 +1,60 @@
+# Each target sets up what it needs first: .venv, data, training, evaluation, report.
+PYTHON ?= python3
+BIN := .venv/bin
+FLAGS ?=
+MINUTES ?= 25
+FROM ?=
+DS_CONFIG := fastclr/recipes/fp32.json
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONUNBUFFERED = 1
+
+.PHONY: demo cifar10 test check format clean
+.DELETE_ON_ERROR:
+
+demo: data/demo/train/manifest.json data/demo/test/manifest.json
+	deepspeed fastclr/train.py --ds-config $(DS_CONFIG) --recipe demo \
+		--data.train data/demo/train --run-dir runs/demo $(FLAGS)
+	python tools/evaluate.py --run runs/demo --train data/demo/train --test data/demo/test
+	python tools/report.py --run runs/demo
+
+cifar10: data/cifar10/train/manifest.json data/cifar10/test/manifest.json
+	deepspeed fastclr/train.py --ds-config $(DS_CONFIG) --recipe cifar10-cpu \
+		--minutes $(MINUTES) --data.train data/cifar10/train --run-dir runs/cifar10 $(FLAGS)
+	python tools/evaluate.py --run runs/cifar10 --train data/cifar10/train --test data/cifar10/test
+	python tools/report.py --run runs/cifar10
+
+test: .venv/.installed
+	python -m pytest $(FLAGS)
+
+check: .venv/.installed
+	ruff format --check .
+	ruff check .
+	pyright
+	lint-imports
+	codespell
+
+format: .venv/.installed
+	ruff format .
+	ruff check --fix .
+
+# A failed or interrupted set-up leaves no stamp, so the next run does it again.
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv || ($(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv .venv)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar on -e ".[dev]"
+	touch $@
+
+data/photos: | .venv/.installed
+	python tools/fetch_dataset.py photos --out $@
+
+data/demo/%/manifest.json: | data/photos
+	python tools/make_shards.py data/photos/$* --out data/demo/$*
+
+data/images/cifar10: | .venv/.installed
+	python tools/fetch_dataset.py cifar10 --out $@ $(if $(FROM),--from $(FROM))
+
+data/cifar10/%/manifest.json: | data/images/cifar10
+	python tools/make_shards.py data/images/cifar10/$*.tar --out data/cifar10/$*
+
+clean:
+	rm -rf .venv data runs build *.egg-info .pytest_cache .ruff_cache
