@@ -109,14 +109,14 @@ def _crop_resize(
     """Crop, then resize with Pillow's antialiased bicubic; float 0..255 (n, 3, size, size).
 
     Each axis is one small matrix per image, so that a batch of different boxes is two matrix
-    products. Pillow rounds between its two passes, horizontal first; so does this.
+    products. Rounded after each pass, horizontal first, halves up, as in Pillow.
     """
     x_NCHW = source_NHWC.permute(0, 3, 1, 2).float()
     top, left, height, width = boxes_N4.T
     across = _to(_bicubic(left, width, x_NCHW.shape[3], size), x_NCHW)
     down = _to(_bicubic(top, height, x_NCHW.shape[2], size), x_NCHW)
-    x_NCHW = (x_NCHW @ across[:, None].mT).round_().clamp_(0, 255)
-    return (down[:, None] @ x_NCHW).round_().clamp_(0, 255)
+    x_NCHW = (x_NCHW @ across[:, None].mT).add_(0.5).floor_().clamp_(0, 255)
+    return (down[:, None] @ x_NCHW).add_(0.5).floor_().clamp_(0, 255)
 
 
 def _bicubic(

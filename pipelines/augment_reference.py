@@ -40,7 +40,9 @@ def _augment(image: Pixels, params: ViewParams, i: int, policy: SimCLRPolicy) ->
     """Make view i."""
     top, left, height, width = params.box_N4[i]
     crop = Image.fromarray(image[top : top + height, left : left + width])
-    resized = crop.resize((policy.size, policy.size), Image.Resampling.BICUBIC)
+    # Two calls: Pillow 13 takes the other pass first where the height shrinks much more.
+    across = crop.resize((policy.size, height), Image.Resampling.BICUBIC)
+    resized = across.resize((policy.size, policy.size), Image.Resampling.BICUBIC)
     x_CHW = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255
     if params.flip_N[i]:
         x_CHW = TF.horizontal_flip(x_CHW)

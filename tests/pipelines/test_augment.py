@@ -1,0 +1,277 @@
+"""Back-ends give the reference's pixels for the same numbers; the reference gives torchvision's.
+
+Limits on the absolute error in 0..255 levels are what was measured, doubled. What is left comes
+from sums that end near .5 before a rounding to 8 bit; the jitter can enlarge such a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import functional as pil_ops
+from torchvision.transforms.v2 import functional as tensor_ops
+
+from pipelines.augment_reference import augment as reference
+from pipelines.decode import Pixels
+from pipelines.loader import BACKENDS, Augment
+from pipelines.policy import SimCLRPolicy, ViewParams
+
+CPU = torch.device("cpu")
+Picture = Callable[..., Pixels]
+
+
+@pytest.fixture(params=BACKENDS)
+def augment(request: pytest.FixtureRequest) -> Augment:
+    """Every registered back-end: a new one is not in use without this proof."""
+    return BACKENDS[request.param]()
+
+
+def identity(sizes: list[tuple[int, int]]) -> ViewParams:
+    """Numbers that leave images as they are, but for the resize."""
+    n = len(sizes)
+    no = np.zeros(n, bool)
+    return ViewParams(
+        box_N4=np.array([(0, 0, h, w) for h, w in sizes], np.int32),
+        flip_N=no,
+        jitter_N=no,
+        factors_N4=np.array([[1, 1, 1, 0]] * n, np.float32),
+        order_N4=np.array([[0, 1, 2, 3]] * n, np.uint8),
+        gray_N=no,
+        blur_N=no,
+        sigma_N=np.full(n, 0.1, np.float32),
+    )
+
+
+def errors(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, int]:
+    """Mean, 99th percentile and maximum of the absolute difference in levels."""
+    difference = (a.int() - b.int()).abs().numpy()
+    return float(difference.mean()), float(np.percentile(difference, 99)), int(difference.max())
+
+
+def assert_close(a: torch.Tensor, b: torch.Tensor, limits: tuple[float, float, int]) -> None:
+    assert a.dtype == b.dtype == torch.uint8 and a.shape == b.shape
+    assert a.is_contiguous()
+    found = errors(a, b)
+    assert all(f <= limit for f, limit in zip(found, limits, strict=True)), found
+
+
+RAGGED = [(200, 150), (96, 96), (1, 1), (64, 300), (48, 40), (7, 200), (200, 150), (33, 64)]
+CASES = {
+    "32 to 32": ([(32, 32)] * 16, 32, (0.02, 0, 8)),
+    "224 to 32": ([(224, 224)] * 8, 32, (0.02, 0, 6)),
+    "ragged to 96": (RAGGED, 96, (0.02, 1, 8)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whole_views_equal_the_reference(augment: Augment, picture: Picture, case: str) -> None:
+    sizes, side, limits = CASES[case]
+    policy = SimCLRPolicy(size=side, blur_prob=0.7)
+    images = [picture(h, w, k) for k, (h, w) in enumerate(sizes)]
+    params = policy.draw(
+        seed=1,
+        epoch=0,
+        positions=np.arange(len(sizes)),
+        view=0,
+        sizes_N2=np.array(sizes, np.int32),
+    )
+    for name in ("flip_N", "jitter_N", "blur_N"):
+        assert 0 < getattr(params, name).sum() < len(sizes), f"{name} is not tested here"
+    views = augment(images, params, policy, CPU)
+    assert_close(views, reference(images, params, policy), limits)
+    assert torch.equal(views, augment(images, params, policy, CPU)), "a repeated call differs"
+
+
+SIZES = [(40, 40), (64, 48), (100, 80), (40, 40)]
+OPERATIONS: dict[str, tuple[dict[str, list[object]], tuple[float, float, int]]] = {
+    "resize": ({}, (0.01, 0, 1)),
+    "crop": (
+        {"box_N4": [(3, 5, 20, 31), (0, 0, 1, 1), (9, 0, 91, 7), (39, 39, 1, 1)]},
+        (0.01, 0, 1),
+    ),
+    "flip": ({"flip_N": [True, False, True, True]}, (0.01, 0, 1)),
+    "gray": ({"gray_N": [True, True, False, True]}, (0.02, 1, 1)),
+    "brightness": ({"factors_N4": [(f, 1, 1, 0) for f in (0.2, 0.7, 1.3, 1.8)]}, (0.02, 1, 2)),
+    "contrast": ({"factors_N4": [(1, f, 1, 0) for f in (0.2, 0.7, 1.3, 1.8)]}, (0.02, 1, 2)),
+    "saturation": ({"factors_N4": [(1, 1, f, 0) for f in (0.2, 0.7, 1.3, 1.8)]}, (0.02, 1, 2)),
+    "hue": ({"factors_N4": [(1, 1, 1, f) for f in (-0.5, -0.2, 0.1, 0.5)]}, (0.02, 1, 2)),
+    "order": (
+        {
+            "factors_N4": [(1.6, 1.7, 0.4, 0.2)] * 4,
+            "order_N4": [(0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (2, 3, 0, 1)],
+        },
+        (0.02, 1, 4),
+    ),
+    "blur": (
+        {"blur_N": [True, True, False, True], "sigma_N": [0.1, 0.7, 1.0, 2.0]},
+        (0.01, 0, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_each_operation_alone(augment: Augment, picture: Picture, operation: str) -> None:
+    changes, limits = OPERATIONS[operation]
+    params = identity(SIZES)
+    images = [picture(h, w, k) for k, (h, w) in enumerate(SIZES)]
+    policy = SimCLRPolicy(size=40)
+    values = {k: np.array(v, getattr(params, k).dtype) for k, v in changes.items()}
+    jitters = np.full(4, "factors_N4" in changes)
+    changed = replace(params, **{"jitter_N": jitters, **values})
+    views = augment(images, changed, policy, CPU)
+    assert_close(views, reference(images, changed, policy), limits)
+    if changes:
+        assert not torch.equal(views, augment(images, params, policy, CPU)), "does nothing"
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_crop_equals_the_reference(data: st.DataObject, backend: str) -> None:
+    height, width = data.draw(st.tuples(st.integers(1, 70), st.integers(1, 70)))
+    h, w = data.draw(st.tuples(st.integers(1, height), st.integers(1, width)))
+    top, left = data.draw(st.tuples(st.integers(0, height - h), st.integers(0, width - w)))
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    params = replace(identity([(height, width)]), box_N4=np.array([(top, left, h, w)], np.int32))
+    policy = SimCLRPolicy(size=data.draw(st.integers(8, 50)))
+    views = BACKENDS[backend]()([pixels], params, policy, CPU)
+    assert_close(views, reference([pixels], params, policy), (0.05, 1, 2))
+
+
+def test_one_image_in_two_halves_of_a_batch(augment: Augment, picture: Picture) -> None:
+    """8 + 8 equals 16 bit for bit."""
+    sizes = [(40, 32), (32, 32)] * 8
+    policy = SimCLRPolicy(size=32)
+    images = [picture(h, w, k) for k, (h, w) in enumerate(sizes)]
+    params = policy.draw(
+        seed=2, epoch=1, positions=np.arange(16), view=1, sizes_N2=np.array(sizes, np.int32)
+    )
+    whole = augment(images, params, policy, CPU)
+    halves = [augment(images[k : k + 8], params[k : k + 8], policy, CPU) for k in (0, 8)]
+    assert torch.equal(whole, torch.cat(halves))
+
+
+def test_the_arguments_stay_as_they_are(augment: Augment, picture: Picture) -> None:
+    images = [picture(32, 32, k) for k in range(4)]
+    kept = [image.copy() for image in images]
+    policy = SimCLRPolicy(size=32)
+    sizes_N2 = np.full((4, 2), 32, np.int32)
+    params = policy.draw(seed=0, epoch=0, positions=np.arange(4), view=0, sizes_N2=sizes_N2)
+    again = policy.draw(seed=0, epoch=0, positions=np.arange(4), view=0, sizes_N2=sizes_N2)
+    augment(images, params, policy, CPU)
+    assert all(np.array_equal(a, b) for a, b in zip(images, kept, strict=True))
+    assert all(np.array_equal(vars(params)[k], vars(again)[k]) for k in vars(params))
+
+
+def test_a_full_box_of_the_right_size_is_the_image(augment: Augment, picture: Picture) -> None:
+    image = picture(40, 40, 3)
+    views = augment([image, image], identity([(40, 40)] * 2), SimCLRPolicy(size=40), CPU)
+    assert np.array_equal(views[0].numpy(), image) and np.array_equal(views[1].numpy(), image)
+
+
+def test_one_pixel_crops_are_flat(augment: Augment, picture: Picture) -> None:
+    image = picture(30, 50, 4)
+    boxes = np.array([(0, 0, 1, 1), (29, 49, 1, 1), (17, 3, 1, 1)], np.int32)
+    params = replace(identity([(30, 50)] * 3), box_N4=boxes)
+    views = augment([image] * 3, params, SimCLRPolicy(size=16), CPU).numpy()
+    for view, (top, left, _, _) in zip(views, boxes, strict=True):
+        assert (view == image[top, left]).all()
+
+
+def test_a_flip_mirrors_left_and_right(augment: Augment, picture: Picture) -> None:
+    image = picture(30, 50, 5)
+    params = replace(identity([(30, 50)] * 2), flip_N=np.array([False, True]))
+    plain, flipped = augment([image, image], params, SimCLRPolicy(size=24), CPU)
+    assert torch.equal(flipped, plain.flip(1)) and not torch.equal(flipped, plain)
+
+
+def test_the_crop_sees_no_pixel_outside(augment: Augment, picture: Picture) -> None:
+    image = picture(40, 60, 6)
+    other = 255 - image
+    other[10:30, 20:45] = image[10:30, 20:45]
+    box = np.array([(10, 20, 20, 25)] * 2, np.int32)
+    params = replace(identity([(40, 60)] * 2), box_N4=box)
+    a, b = augment([image, other], params, SimCLRPolicy(size=16), CPU)
+    assert torch.equal(a, b)
+
+
+# The reference against plain calls, one image, every operation spelled out.
+
+
+def test_reference_crop_and_resize_are_pillows(picture: Picture) -> None:
+    image = picture(50, 70, 7)
+    params = replace(identity([(50, 70)]), box_N4=np.array([(4, 9, 33, 41)], np.int32))
+    view = reference([image], params, SimCLRPolicy(size=24))[0].numpy()
+    plain = Image.fromarray(image).crop((9, 4, 50, 37)).resize((24, 24), Image.Resampling.BICUBIC)
+    assert np.array_equal(view, np.array(plain))
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_reference_jitter_is_torchvisions_on_pil(picture: Picture, step: int) -> None:
+    image = picture(32, 32, 8)
+    factors = [1.5, 0.4, 1.7, -0.15]
+    chosen = np.array([1, 1, 1, 0], np.float32)
+    chosen[step] = factors[step]
+    params = replace(identity([(32, 32)]), jitter_N=np.array([True]), factors_N4=chosen[None])
+    view = reference([image], params, SimCLRPolicy(size=32))[0]
+    names = ("brightness", "contrast", "saturation", "hue")
+    plain = getattr(pil_ops, f"adjust_{names[step]}")(Image.fromarray(image), factors[step])
+    # PIL rounds down and turns the hue in 256 steps; a wrong operation is tens of levels off.
+    assert errors(view, torch.from_numpy(np.array(plain)))[0] < (3 if names[step] == "hue" else 1)
+
+
+def test_reference_gray_and_blur_are_torchvisions(picture: Picture) -> None:
+    image = picture(60, 60, 9)
+    yes = np.array([True])
+    policy = SimCLRPolicy(size=60)
+    gray = reference([image], replace(identity([(60, 60)]), gray_N=yes), policy)[0]
+    plain = torch.from_numpy(np.array(Image.fromarray(image).convert("L")))
+    assert errors(gray, plain[..., None].expand(-1, -1, 3))[2] <= 1
+
+    blurred = replace(identity([(60, 60)]), blur_N=yes, sigma_N=np.array([1.5], np.float32))
+    assert policy.blur_taps == 7
+    x_CHW = torch.from_numpy(image).permute(2, 0, 1) / 255
+    plain = tensor_ops.gaussian_blur(x_CHW, [7, 7], [1.5, 1.5])
+    found = reference([image], blurred, policy)[0]
+    assert errors(found, (plain * 255).round().permute(1, 2, 0).to(torch.uint8))[2] == 0
+
+
+def test_reference_applies_the_steps_in_the_stated_order(picture: Picture) -> None:
+    image = picture(60, 60, 10)
+    yes = np.array([True])
+    params = replace(
+        identity([(60, 60)]),
+        flip_N=yes,
+        jitter_N=yes,
+        factors_N4=np.array([[1.4, 1.6, 0.5, 0.1]], np.float32),
+        order_N4=np.array([[3, 1, 0, 2]], np.uint8),
+        blur_N=yes,
+        sigma_N=np.array([1.0], np.float32),
+    )
+    x_CHW = torch.from_numpy(image).permute(2, 0, 1).flip(2) / 255
+    x_CHW = tensor_ops.adjust_hue(x_CHW, 0.1)
+    x_CHW = tensor_ops.adjust_contrast(x_CHW, 1.6)
+    x_CHW = tensor_ops.adjust_brightness(x_CHW, 1.4)
+    x_CHW = tensor_ops.adjust_saturation(x_CHW, 0.5)
+    x_CHW = tensor_ops.gaussian_blur((x_CHW * 255).round() / 255, [7, 7], [1.0, 1.0])
+    plain = (x_CHW * 255).round().permute(1, 2, 0).to(torch.uint8)
+    assert errors(reference([image], params, SimCLRPolicy(size=60))[0], plain)[2] <= 1
+
+
+@pytest.mark.parametrize(("side", "taps"), [(8, 1), (32, 3), (96, 9), (224, 23)])
+def test_blur_taps_are_a_tenth_of_the_side_and_odd(side: int, taps: int) -> None:
+    assert SimCLRPolicy(size=side).blur_taps == taps
+
+
+def test_views_below_20_pixels_have_no_blur(augment: Augment, picture: Picture) -> None:
+    image = picture(16, 16, 11)
+    params = replace(identity([(16, 16)]), blur_N=np.array([True]))
+    view = augment([image], params, SimCLRPolicy(size=16), CPU)[0]
+    assert np.array_equal(view.numpy(), image)
