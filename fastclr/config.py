@@ -6,6 +6,7 @@ What the DeepSpeed JSON owns (precision, ZeRO, communication, clipping) is not r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, cast
@@ -244,8 +245,9 @@ class Config:
             found.append(
                 f"epochs is {self.epochs} and minutes is {self.minutes}: give exactly one."
             )
-        if min(self.epochs or 1, self.minutes or 1) <= 0:
-            found.append("the length of a run is positive: change --epochs or --minutes.")
+        for name, length in {"epochs": self.epochs, "minutes": self.minutes}.items():
+            if length is not None and not 0 < length < math.inf:
+                found.append(f"{name} is {length}: the length of a run is positive.")
         if not 0 < self.loss.temperature <= 100:
             found.append(f"loss.temperature is {self.loss.temperature}: give 0 < t <= 100.")
         if not 0 <= self.seed < 2**63:
@@ -272,11 +274,16 @@ class Config:
                 f"optimizer.learning_rate {rates[0]} and base_learning_rate {rates[1]} are both "
                 "set: keep one; the second is scaled by the batch, the first is not."
             )
-        for name in ("learning_rate", "base_learning_rate", "weight_decay", "momentum"):
+        for name in ("learning_rate", "base_learning_rate", "weight_decay"):
             value = getattr(self.optimizer, name)
-            if value is not None and value < 0:
-                found.append(f"optimizer.{name} is {value}: it is not negative.")
-        if self.optimizer.warmup_epochs < 0:
+            if value is not None and not 0 <= value < math.inf:
+                found.append(f"optimizer.{name} is {value}: give a finite number >= 0.")
+        momentum, trust = self.optimizer.momentum, self.optimizer.trust_coefficient
+        if momentum is not None and not 0 <= momentum < 1:
+            found.append(f"optimizer.momentum is {momentum}: give 0 <= momentum < 1.")
+        if trust is not None and not 0 < trust < math.inf:
+            found.append(f"optimizer.trust_coefficient is {trust}: give a number > 0.")
+        if not self.optimizer.warmup_epochs >= 0:
             found.append(f"optimizer.warmup_epochs is {self.optimizer.warmup_epochs}: give >= 0.")
         return found
 

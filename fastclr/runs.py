@@ -105,15 +105,9 @@ def _trainer(config: Config, ds: ds_config.JSON, world: World) -> Trainer:
     model = SimCLR.from_config(config)
     if config.loss.name not in LOSSES:
         raise ConfigError(f"loss {config.loss.name!r} is unknown: choose from {', '.join(LOSSES)}.")
-    rate = config.optimizer.learning_rate
-    assert rate is not None, "ds_config.resolve fills the rate in"
-    lars = LARS.for_module(
-        model,
-        learning_rate=rate,
-        weight_decay=config.optimizer.weight_decay or 0.0,
-        momentum=config.optimizer.momentum or 0.0,
-        trust_coefficient=config.optimizer.trust_coefficient or 1e-3,
-    )
+    settings: dict[str, Any] = asdict(config.optimizer)  # ds_config.resolve filled them in
+    names = ("learning_rate", "weight_decay", "momentum", "trust_coefficient")
+    lars = LARS.for_module(model, **{name: settings[name] for name in names})
     return Trainer(
         model,
         loss=LOSSES[config.loss.name](temperature=config.loss.temperature),

@@ -42,7 +42,7 @@ class SimCLR(nn.Module):
     @classmethod
     def from_config(cls, config: Config) -> SimCLR:
         """Build the model with weights that are a function of ``config.seed`` alone."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             encoder = encoders.from_config(config.encoder)
             return cls(encoder, heads.from_config(config.head, encoder.feature_dim))

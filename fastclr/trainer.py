@@ -254,8 +254,9 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, model_parameters=groups, config=ds
         )
-        if not (self.engine.zero_optimization() or ds.get("bf16") or ds.get("fp16")):
-            # After initialize, whose broadcast refuses such weights; ZeRO's are views of flat ones.
+        if self.engine.optimizer is self.engine.basic_optimizer:
+            # Not before initialize, whose broadcast refuses such weights, and not where DeepSpeed
+            # wraps the optimizer: the weights are then views of flat buffers.
             self.engine.module.to(memory_format=torch.channels_last)
         for group in self.engine.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])

@@ -67,7 +67,8 @@ def shared_gradient() -> list[float]:
     """Return a gradient that came the same way as the gathered one: nobody may change it."""
     rows = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
     other = torch.ones(dist.get_world_size(), 2, dtype=torch.float64, requires_grad=True)
-    total = gather_rows(rows) + other
+    scaled = 2 * other  # made before the gather, so its backward comes after the gather's
+    total = scaled + gather_rows(rows)
     total.backward(torch.ones_like(total))
     return other.grad.flatten().tolist() + rows.grad.flatten().tolist()
 

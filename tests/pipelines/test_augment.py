@@ -1,7 +1,7 @@
 """Back-ends give the reference's pixels for the same numbers; the reference gives torchvision's.
 
-Limits on the absolute error in 0..255 levels are what was measured, doubled. What is left comes
-from sums that end near .5 before a rounding to 8 bit; the jitter can enlarge such a level.
+Limits on the absolute error in 0..255 levels are what was measured, doubled or more. What is left
+comes from sums that end near .5 before a rounding to 8 bit; the jitter can enlarge such a level.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, limits: tuple[float, float, i
 
 RAGGED = [(200, 150), (96, 96), (1, 1), (64, 300), (48, 40), (7, 200), (200, 150), (33, 64)]
 CASES = {
-    "32 to 32": ([(32, 32)] * 16, 32, (0.02, 0, 8)),
-    "224 to 32": ([(224, 224)] * 8, 32, (0.02, 0, 6)),
-    "ragged to 96": (RAGGED, 96, (0.02, 1, 8)),
+    "32 to 32": ([(32, 32)] * 16, 32, (0.008, 0, 4)),
+    "224 to 32": ([(224, 224)] * 8, 32, (0.008, 0, 4)),
+    "ragged to 96": (RAGGED, 96, (0.008, 0, 4)),
 }
 
 
@@ -99,7 +99,7 @@ OPERATIONS: dict[str, tuple[dict[str, list[object]], tuple[float, float, int]]] 
     "flip": ({"flip_N": [True, False, True, True]}, (0.01, 0, 1)),
     "gray": ({"gray_N": [True, True, False, True]}, (0.02, 1, 1)),
     "brightness": ({"factors_N4": [(f, 1, 1, 0) for f in (0.2, 0.7, 1.3, 1.8)]}, (0.02, 1, 2)),
-    "contrast": ({"factors_N4": [(1, f, 1, 0) for f in (0.2, 0.7, 1.3, 1.8)]}, (0.02, 1, 2)),
+    "contrast": ({"factors_N4": [(1, f, 1, 0) for f in (0.2, 0.7, 1.3, 1.8)]}, (0.06, 1, 2)),
     "saturation": ({"factors_N4": [(1, 1, f, 0) for f in (0.2, 0.7, 1.3, 1.8)]}, (0.02, 1, 2)),
     "hue": ({"factors_N4": [(1, 1, 1, f) for f in (-0.5, -0.2, 0.1, 0.5)]}, (0.02, 1, 2)),
     "order": (
@@ -129,6 +129,17 @@ def test_each_operation_alone(augment: Augment, picture: Picture, operation: str
     assert_close(views, reference(images, changed, policy), limits)
     if changes:
         assert not torch.equal(views, augment(images, params, policy, CPU)), "does nothing"
+
+
+@pytest.mark.parametrize(("source", "side"), [(64, 32), (224, 112), (448, 224)])
+def test_halves_round_up_as_in_pillow(
+    augment: Augment, picture: Picture, source: int, side: int
+) -> None:
+    """At such scales the weights are dyadic, and many sums end at exactly .5."""
+    image = picture(source, source, 13)
+    views = augment([image], identity([(source, source)]), SimCLRPolicy(size=side), CPU)
+    plain = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+    assert errors(views[0], torch.from_numpy(np.array(plain)))[0] < 5e-4
 
 
 @settings(max_examples=15, deadline=None)
@@ -203,6 +214,15 @@ def test_the_crop_sees_no_pixel_outside(augment: Augment, picture: Picture) -> N
 
 
 # The reference against plain calls, one image, every operation spelled out.
+
+
+def test_reference_resizes_across_first_on_every_pillow(picture: Picture) -> None:
+    """Pillow 13 turns the passes round for tall images, and the rounding between them with it."""
+    image = picture(90, 40, 12)
+    view = reference([image], identity([(90, 40)]), SimCLRPolicy(size=24))[0].numpy()
+    across = Image.fromarray(image).resize((24, 90), Image.Resampling.BICUBIC)
+    plain = across.resize((24, 24), Image.Resampling.BICUBIC)
+    assert np.array_equal(view, np.array(plain))
 
 
 def test_reference_crop_and_resize_are_pillows(picture: Picture) -> None:

@@ -1,0 +1,102 @@
+"""Every command and code block of the README runs; long ones in a shortened form."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.photos import write_photo_tiles
+from pipelines.writer import write_shards
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# The environment that runs this test is installed already: make is told so.
+MAKE = "make -o .venv/.installed"
+SHORTENED = {
+    "make demo": f"{MAKE} demo FLAGS='--epochs 4'",
+    "make test": f"{MAKE} test FLAGS='-q {ROOT}/tests/test_world.py'",
+    "make cifar10 MINUTES=25": f"{MAKE} cifar10 MINUTES=0.1 FLAGS='--global-batch-size 16'",
+}
+REPLACED = {"--minutes 10": "--minutes 0.1 --global-batch-size 16"}
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory):
+    """A checkout of links, with a user's images and stand-ins for CIFAR-10's shards."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("Makefile", "pyproject.toml", "fastclr", "pipelines", "tools"):
+        (folder / name).symlink_to(ROOT / name)
+    write_photo_tiles(folder / "path/to/images", train_per_photo=20, test_per_photo=5)
+    (folder / "data/images/cifar10").mkdir(parents=True)
+    for split in ("train", "test"):
+        write_shards(folder / "path/to/images" / split, folder / "data/cifar10" / split)
+    return folder
+
+
+def run(command, folder):
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environ, capture_output=True, text=True,
+        timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, sandbox):
+    shortened = SHORTENED.get(command, command)
+    for long, short in REPLACED.items():
+        shortened = shortened.replace(long, short)
+    run(shortened, sandbox)
+    if command == "make demo":
+        check_demo(sandbox / "runs/demo")
+
+
+def check_demo(run_dir):
+    """Even a third of the demo learns; the report says so."""
+    report = json.loads((run_dir / "report.json").read_text())
+    scores = report["scores"]
+    assert set(scores) == {"trained", "untrained", "pixels"}
+    for score in ("linear_top1", "knn_top1"):
+        trained = scores["trained"][score]
+        assert 1 >= trained > scores["untrained"][score] + 0.05 > 0.05
+        assert trained > scores["pixels"][score] + 0.1
+    assert report["images_per_second"] > 0
+    assert 0 <= report["data_wait_fraction"] < 1
+    page = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert page.rstrip().endswith("</html>")
+    assert list((run_dir / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python(code, sandbox, tmp_path):
+    script = tmp_path / "readme.py"
+    script.write_text(code)
+    run(f"{sys.executable} {script}", sandbox)
+    assert (sandbox / "runs/api/metrics.jsonl").exists()
+    shutil.rmtree(sandbox / "runs/api")
+
+
+def test_named_files_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for named in re.findall(r"`(tests/[\w/.]+)`", README):
+        assert (ROOT / named).exists(), named
