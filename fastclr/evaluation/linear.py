@@ -12,6 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+from fastclr.config import ConfigError
 from fastclr.evaluation.features import Features
 
 # From strong to weak: each fit starts from the one before.
@@ -47,11 +48,11 @@ def linear_probe(train: Features, test: Features, *, seed: int = 0) -> LinearSco
         seed: Seed of the split that chooses l2.
 
     Raises:
-        ValueError: If there are fewer than 2 classes or 20 training rows.
+        ConfigError: If there are fewer than 2 classes, 20 training rows, or 2 rows a class.
     """
     num_classes, num_rows = len(np.unique(train.label_X)), len(train.label_X)
     if num_classes < 2 or num_rows < 20 or num_rows < 2 * num_classes:
-        raise ValueError(
+        raise ConfigError(
             f"a linear probe needs 2 classes, 20 rows and 2 rows a class: there are {num_classes} "
             f"classes and {num_rows} rows."
         )

@@ -94,10 +94,16 @@ def test_input_stays_as_it_is_and_nothing_warns():
     np.testing.assert_array_equal(test.h_XF, before[1])
 
 
+def test_a_class_with_one_row_is_fitted_like_the_others():
+    train = blobs(300, 1.0, 1, num_classes=3)
+    train.label_X[7] = 3
+    assert 0.9 < linear_probe(train, blobs(300, 1.0, 2, num_classes=3)).top1
+
+
 @pytest.mark.parametrize(("num_rows", "num_classes"), [(40, 1), (19, 4)])
 def test_too_little_data_is_refused(num_rows, num_classes):
     train = blobs(num_rows, 1.0, 1, num_classes=num_classes)
-    with pytest.raises(ValueError, match=f"there are {num_classes} and {num_rows}"):
+    with pytest.raises(ValueError, match=f"there are {num_classes} classes and {num_rows} rows"):
         linear_probe(train, train)
 
 
