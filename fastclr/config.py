@@ -56,7 +56,7 @@ class ViewsConfig:
         ]
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
+            if not 0 < low <= high < math.inf:
                 found.append(f"views.{name} is {low} {high}: give 0 < low <= high.")
         if self.crop_scale[1] > 1:
             found.append(f"views.crop_scale ends at {self.crop_scale[1]}: an area is at most 1.")

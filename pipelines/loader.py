@@ -74,6 +74,8 @@ class Loader:
         num_threads: int,
         prefetch: int,
     ) -> None:
+        if micro_batch_size < 1:
+            raise ConfigError(f"micro_batch_size is {micro_batch_size}: give 1 or more.")
         if backend not in BACKENDS:
             raise ConfigError(f"backend {backend!r} is unknown: choose from {', '.join(BACKENDS)}.")
         self.shard_set, self.policy, self.seed = shard_set, policy, seed

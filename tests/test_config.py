@@ -69,6 +69,12 @@ PROBLEMS = [
     ({"optimizer.weight_decay": -1.0}, "optimizer.weight_decay is -1.0"),
     ({"optimizer.momentum": -1.0}, "optimizer.momentum is -1.0"),
     ({"optimizer.warmup_epochs": -1.0}, "optimizer.warmup_epochs is -1.0"),
+    ({"epochs": 0}, "epochs is 0"),
+    ({"epochs": float("inf")}, "epochs is inf"),
+    ({"optimizer.momentum": 1.0}, "optimizer.momentum is 1.0"),
+    ({"optimizer.trust_coefficient": 0.0}, "optimizer.trust_coefficient is 0.0"),
+    ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate is nan"),
+    ({"views.blur_sigma": (0.1, float("inf"))}, "views.blur_sigma is 0.1 inf"),
 ]
 
 

@@ -97,7 +97,7 @@ def test_input_stays_as_it_is_and_nothing_warns():
 def test_a_class_with_one_row_is_fitted_like_the_others():
     train = blobs(300, 1.0, 1, num_classes=3)
     train.label_X[7] = 3
-    assert 0.9 < linear_probe(train, blobs(300, 1.0, 2, num_classes=3)).top1
+    assert linear_probe(train, blobs(300, 1.0, 2, num_classes=3)).top1 > 0.9
 
 
 @pytest.mark.parametrize(("num_rows", "num_classes"), [(40, 1), (19, 4)])
