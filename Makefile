@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 FLAGS ?=
-MINUTES ?= 25
+MINUTES ?= 24
 FROM ?=
 DS_CONFIG := fastclr/recipes/fp32.json
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -14,6 +14,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     ConfigError: 78,  # refused: settings or input that cannot work
     ShardError: 65,  # data that is missing or damaged
     FloatingPointError: 70,  # the loss is not finite
+    OSError: 74,  # storage: full, read-only, gone
 }
 
 

@@ -189,8 +189,8 @@ class Config:
         optimizer: Optimizer and schedule.
         run_dir: Folder of this run; a checkpoint in it is gone on from.
         epochs: Length of the run in epochs; excludes ``minutes``.
-        minutes: Length in minutes of training: the steps that fit are measured during the first
-            steps, then fixed.
+        minutes: Length in minutes of training; the number of steps follows the speed, so two such
+            runs are not the same.
         global_batch_size: Images of the contrastive batch over all ranks; also the DeepSpeed
             JSON's ``train_batch_size``.
         seed: Seed of weights, order and views.

@@ -88,6 +88,12 @@ def train(config: Config, ds_path: str, command: list[str]) -> Summary:
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(run_dir / "config.json", facts)
+        print(
+            f"training {config.encoder.name} on {len(shard_set)} images: batches of "
+            f"{config.global_batch_size}, {2 * (config.global_batch_size or 0) - 2} negatives for "
+            f"each anchor, {loader.dropped_per_epoch} images left over in each epoch",
+            flush=True,
+        )
     summary = trainer.fit(loader, epochs=config.epochs, minutes=config.minutes)
     if world.is_main:
         done = {**asdict(summary), "finished": True, "ended": now()}

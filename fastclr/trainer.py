@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 ScheduleKind = Literal["cosine", "constant", "none"]
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
-# With a length in minutes, the steps timed before the number of steps is fixed.
-CALIBRATION = (10, 40)
 
 
 class BatchSource(Protocol):
@@ -169,8 +167,9 @@ class Trainer:
         Args:
             loader: Endless batches.
             epochs: Length of the run; excludes ``minutes``.
-            minutes: Length in minutes of training. The steps that fit are computed from the speed
-                of steps 10 to 40 and then fixed, so that the run stays repeatable from there.
+            minutes: Length in minutes of training. The number of steps, and with it the rate,
+                follows the speed so far, anew at each log row: the run ends in time on a busy
+                machine, but two such runs are not the same. Give epochs to repeat a run.
 
         Raises:
             ConfigError: If the length, the engine's configuration or a checkpoint is unusable.
@@ -195,10 +194,11 @@ class Trainer:
             if self.total_steps is not None and self.step >= self.total_steps:
                 break
             loss, output = self.train_step(batch)
-            if self.total_steps is None and minutes is not None:
-                self._fix_length(minutes)
+            should_log = self.step % self.log_every == 0
+            if minutes is not None and should_log:
+                self._plan(minutes)
             done = self.step == self.total_steps
-            if self.step % self.log_every == 0 or done:
+            if should_log or done:
                 row = window.close(loss, output)
                 if log:
                     log.write(row, self.total_steps)
@@ -220,18 +220,12 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-    def _fix_length(self, minutes: float) -> None:
-        """Fix the number of steps once the speed is known; rank 0's clock decides for all."""
-        first, last = CALIBRATION
-        if self.step == first:
-            self._calibration_start = self.clock.training_seconds
-        elif self.step == last:
-            now = self.clock.training_seconds
-            step_seconds = (now - self._calibration_start) / (last - first)
-            more = max(0, int((minutes * 60 - now) / step_seconds))
-            steps = torch.tensor([self.step + more], device=self.device)
-            dist.broadcast(steps, src=0)
-            self.total_steps = int(steps.item())
+    def _plan(self, minutes: float) -> None:
+        """Count the steps that fit at the speed so far; rank 0's clock decides for all."""
+        fitting = self.step * minutes * 60 / self.clock.training_seconds
+        steps = torch.tensor([max(self.step, int(fitting))], device=self.device)
+        dist.broadcast(steps, src=0)
+        self.total_steps = int(steps.item())
 
     def _start_engine(self, loader: BatchSource) -> None:
         """Build the DeepSpeed engine; checks come before the device is touched."""

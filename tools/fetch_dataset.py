@@ -15,10 +15,9 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from fastclr.cli import guard
 from fastclr.config import ConfigError
 from pipelines import cifar10, photos
-
-EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: the input is wrong, and trying again is no help
 
 
 def fetch_photos(out: Path) -> None:
@@ -78,15 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program's name; None takes the process's own.
 
     Returns:
-        Exit status: 0, or `EXIT_CONFIG` after one message on stderr.
+        Exit code; see `fastclr.cli`.
     """
-    try:
-        commands = {"photos": fetch_photos, "cifar10": fetch_cifar10}
-        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, description=__doc__)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
-    return 0
+    commands = {"photos": fetch_photos, "cifar10": fetch_cifar10}
+    return guard(
+        lambda: tyro.extras.subcommand_cli_from_dict(commands, args=arguments, description=__doc__)
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import tyro
+from rich.console import Console
 
 from fastclr.cli import guard
 
@@ -18,7 +19,9 @@ def report(run: Path) -> None:
     """
     from fastclr import runs
 
-    print(f"report: {runs.report(run).resolve()}")
+    with Console(stderr=True).status("drawing the report"):
+        page = runs.report(run)
+    print(f"report: {page.resolve()}")
 
 
 if __name__ == "__main__":

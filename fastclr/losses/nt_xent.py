@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from fastclr.collectives import gather_rows, num_ranks, rank
+from fastclr.collectives import gather_rows, rank
 
 
 def _unit_rows(z_ND: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,3 @@ class NTXent(nn.Module):
     def forward(self, z0_BD: torch.Tensor, z1_BD: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of this rank's anchors; see :func:`nt_xent`."""
         return nt_xent(z0_BD, z1_BD, temperature=self.temperature, group=self.group)
-
-    def num_negatives(self, micro_batch_size: int) -> int:
-        """Return the negatives that each anchor has: 2BR - 2."""
-        return 2 * micro_batch_size * num_ranks(self.group) - 2

@@ -51,7 +51,7 @@ def cifar10_cpu() -> Config:
         optimizer=OptimizerConfig(
             name="LARS", base_learning_rate=2.0, weight_decay=1e-6, warmup_epochs=1
         ),
-        minutes=25,
+        minutes=24,
         global_batch_size=256,
     )
 

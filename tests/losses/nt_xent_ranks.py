@@ -87,7 +87,6 @@ def main(rendezvous: str, result: str) -> None:
     found["warm"] = measure(LOSSES["nt_xent"](temperature=0.7), mine_VBP)
     found["blind"] = measure(blind_nt_xent, mine_VBP)
     found["shared_gradient"] = shared_gradient()
-    found["num_negatives"] = LOSSES["nt_xent"]().num_negatives(mine_VBP.shape[1])
     if num_ranks == 4:
         # Two worlds of two ranks beside each other; new_group is called by all for each.
         groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]

@@ -224,11 +224,6 @@ def test_accuracy_of_a_collapsed_model_is_chance():
     assert contrastive_accuracy(torch.ones(5, 3), torch.ones(5, 3)).item() == pytest.approx(0.2)
 
 
-def test_negatives_of_one_process():
-    assert NTXent().num_negatives(4) == 6
-    assert NTXent().num_negatives(1) == 0
-
-
 # Over ranks
 
 
@@ -285,10 +280,6 @@ def test_a_gather_without_gradient_would_be_seen(ranks, measured):
 def test_the_backward_changes_no_gradient_of_others(measured):
     num_ranks, found = measured
     assert found["shared_gradient"] == [2.0] * 2 * num_ranks + [float(num_ranks)] * 2
-
-
-def test_negatives_of_all_ranks(ranks, measured):
-    assert measured[1]["num_negatives"] == 2 * ranks.NUM_IMAGES - 2
 
 
 def test_a_group_is_a_world_of_its_own(ranks, measured):

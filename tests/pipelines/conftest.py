@@ -73,8 +73,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (second / "exif.jpg").write_bytes(_encode(image, "JPEG", exif=exif))
     (second / "alpha.webp").write_bytes(_encode(image.convert("RGBA"), "WEBP", lossless=True))
     (third / "one.png").write_bytes(_encode(_picture(1, 1), "PNG"))
-    (third / "unter").mkdir()
-    (third / "unter" / "line.png").write_bytes(_encode(_picture(1, 60), "PNG"))
+    (third / "sub").mkdir()
+    (third / "sub" / "line.png").write_bytes(_encode(_picture(1, 60), "PNG"))
     (third / "progressive").write_bytes(_encode(image, "JPEG", progressive=True))
     (third / ".hidden").write_bytes(b"no image, and left out")
     return root
