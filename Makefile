@@ -4,6 +4,7 @@ BIN := .venv/bin
 FLAGS ?=
 MINUTES ?= 24
 FROM ?=
+DEEPSPEED := deepspeed --log_level warning
 DS_CONFIG := fastclr/recipes/fp32.json
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
@@ -12,13 +13,13 @@ export PYTHONUNBUFFERED = 1
 .DELETE_ON_ERROR:
 
 demo: data/demo/train/manifest.json data/demo/test/manifest.json
-	deepspeed fastclr/train.py --ds-config $(DS_CONFIG) --recipe demo \
+	$(DEEPSPEED) fastclr/train.py --ds-config $(DS_CONFIG) --recipe demo \
 		--data.train data/demo/train --run-dir runs/demo $(FLAGS)
 	python tools/evaluate.py --run runs/demo --train data/demo/train --test data/demo/test
 	python tools/report.py --run runs/demo
 
 cifar10: data/cifar10/train/manifest.json data/cifar10/test/manifest.json
-	deepspeed fastclr/train.py --ds-config $(DS_CONFIG) --recipe cifar10-cpu \
+	$(DEEPSPEED) fastclr/train.py --ds-config $(DS_CONFIG) --recipe cifar10-cpu \
 		--minutes $(MINUTES) --data.train data/cifar10/train --run-dir runs/cifar10 $(FLAGS)
 	python tools/evaluate.py --run runs/cifar10 --train data/cifar10/train --test data/cifar10/test
 	python tools/report.py --run runs/cifar10

@@ -27,7 +27,7 @@ from fastclr.report import ViewPair, write_report
 from fastclr.simclr import SimCLR
 from fastclr.trainer import Summary, Trainer, device_of
 from fastclr.world import World
-from pipelines import ShardSet, SimCLRPolicy, make_loader
+from pipelines import ShardSet, SimCLRPolicy, make_loader, photos
 from pipelines.loader import evaluation_batches
 
 logger = logging.getLogger(__name__)
@@ -286,7 +286,12 @@ def report(run_dir: Path) -> Path:
         test = ShardSet.open(_read_json(run_dir / "scores.json")["test"])
         # Shard sets are shuffled when they are packed: the first rows are a sample of all.
         thumbnails = [test[i] for i in range(min(len(test), NUM_THUMBNAILS))]
-    return write_report(run_dir, view_pairs=_view_pairs(config, shard_set), thumbnails=thumbnails)
+    return write_report(
+        run_dir,
+        view_pairs=_view_pairs(config, shard_set),
+        thumbnails=thumbnails,
+        note=photos.NOTE if shard_set.class_names == photos.CLASS_NAMES else "",
+    )
 
 
 def _view_pairs(config: Config, shard_set: ShardSet) -> list[ViewPair]:

@@ -61,6 +61,12 @@ PHOTOS = (
     Photo("skimage", "data/rocket.jpg", "SpaceX, public domain"),
 )
 
+CLASS_NAMES = sorted(photo.name for photo in PHOTOS)
+NOTE = (
+    "Smoke data: tiles of 16 photographs, and the class of a tile is the photo it was cut from. "
+    "The numbers below say that everything works; they say nothing about a method."
+)
+
 LONG_SIDE = 600  # photos are shrunk to about this many pixels, so that a tile shows an object
 MIN_STD = 4.0  # grey levels; below this a tile is bare sky, or the black rim of the retina
 TEST_COLUMN = (1, 3, 0, 2)  # four queens: 1 cell in 4 is test, and no two of them touch by a side

@@ -74,6 +74,7 @@ def write_report(
     *,
     view_pairs: Sequence[ViewPair] = (),
     thumbnails: Sequence[np.ndarray] = (),
+    note: str = "",
 ) -> Path:
     """Write `report.json` (schema version 1) and `report.html` into a finished run directory.
 
@@ -86,6 +87,7 @@ def write_report(
             augmented views; without them there is no sheet.
         thumbnails: uint8 (H, W, 3); thumbnail i shows row i of `h_test.npy`. With fewer of them
             than rows, t-SNE uses the first rows only.
+        note: What the reader has to know before the numbers, shown above them.
 
     Returns:
         Path of `report.html`.
@@ -102,6 +104,7 @@ def write_report(
     report = _report(record, summary, scores)
     body = [
         _header(run_dir, record, summary, scores),
+        fill(template.NOTE, note=note) if note else Markup(),
         _scores(scores) if scores else fill(template.NO_SCORES, run=shlex.quote(str(run_dir))),
         _learning(record["config"], metrics),
         _throughput(summary, metrics),

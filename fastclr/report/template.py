@@ -102,6 +102,7 @@ figcaption { font-size: .88rem; line-height: 1.5; margin-top: 10px; }
 img.pixelated { image-rendering: pixelated; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 14px 2px;
   padding: 0; max-height: 12rem; overflow: auto; font-size: .88rem; }
+.panel.note { color: var(--ink); padding: 12px 18px; max-width: none; }
 .note { color: var(--muted); font-size: .88rem; margin: 14px 0 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 14px 0 0;
   font-size: .88rem; }
@@ -181,6 +182,8 @@ HEADER = Template("""<p class="kicker">fastclr · SimCLR run</p>
 <h1>$name</h1>
 <p class="summary">$summary</p>
 <div class="cards">$cards</div>""")
+
+NOTE = Template("""<p class="panel note">$note</p>""")
 
 CARD = Template("""<div class="panel card $kind"><span>$label</span><b>$value</b>\
 <span>$detail</span></div>""")
