@@ -195,6 +195,10 @@ def _merge_optimizer(
             f"and lr {merged['learning_rate']} in the DeepSpeed JSON: two owners of the rate. "
             "Pass --optimizer.base-learning-rate None, or remove lr from the JSON."
         )
+    if merged["name"] not in OPTIMIZERS:
+        problems.append(
+            f"optimizer {merged['name']!r} is unknown: choose from {', '.join(OPTIMIZERS)}."
+        )
     if "scheduler" in ds and config.schedule != "none":
         problems.append(
             f"optimizer.schedule is {config.schedule!r} and the DeepSpeed JSON has a scheduler: "
@@ -206,10 +210,8 @@ def _merge_optimizer(
 def engine_problems(ds: JSON, optimizer_name: str | None) -> list[str]:
     """Say what the engine would do wrongly without a word, one sentence a problem."""
     problems: list[str] = []
-    if optimizer_name not in OPTIMIZERS:
-        problems.append(
-            f"optimizer {optimizer_name!r} is unknown: choose from {', '.join(OPTIMIZERS)}."
-        )
+    if optimizer_name is None:
+        problems.append("there is no optimizer: pass one, or describe it in the DeepSpeed JSON.")
     steps = ds.get("gradient_accumulation_steps", 1)
     if steps != 1:
         problems.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 PACKAGES = (
     "fastclr", "torch", "torchvision", "deepspeed", "timm", "kornia", "numpy", "scikit-learn",
 )  # fmt: skip
+
+_SECRET = re.compile("(?i)api_?key|token|password|secret|credential")
 
 
 def now() -> str:
@@ -28,6 +31,16 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # run from a folder without installing
             found[name] = "not installed"
     return found
+
+
+def redacted(settings: Any) -> Any:
+    """Return nested settings without secrets: a monitor's key does not belong in a report."""
+    if isinstance(settings, dict):
+        return {
+            key: "***" if _SECRET.search(str(key)) else redacted(value)
+            for key, value in settings.items()
+        }
+    return [redacted(value) for value in settings] if isinstance(settings, list) else settings
 
 
 def num_cores() -> int:

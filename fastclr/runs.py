@@ -19,7 +19,7 @@ from fastclr import checkpointing, ds_config
 from fastclr.config import Config, ConfigError
 from fastclr.evaluation import knn, linear
 from fastclr.evaluation.features import Features, Pixels, extract
-from fastclr.facts import hardware, now, num_cores, versions
+from fastclr.facts import hardware, now, num_cores, redacted, versions
 from fastclr.files import write_json
 from fastclr.losses import LOSSES
 from fastclr.optim import LARS
@@ -78,7 +78,7 @@ def train(config: Config, ds_path: str, command: list[str]) -> Summary:
     trainer = _trainer(config, ds, world)
     facts = {
         "config": asdict(config),
-        "ds_config": ds,
+        "ds_config": redacted(ds),
         "command": shlex.join(command),
         "versions": versions(),
         "hardware": hardware(_device_name(trainer.device)),

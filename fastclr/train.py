@@ -38,7 +38,8 @@ def main() -> int:
 
     from fastclr.runs import train
 
-    return guard(lambda: train(config, first.ds_config, command=["deepspeed", *sys.argv]))
+    typed = [word for word in sys.argv if not word.startswith("--local_rank=")]
+    return guard(lambda: train(config, first.ds_config, command=["deepspeed", *typed]))
 
 
 if __name__ == "__main__":

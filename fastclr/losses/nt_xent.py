@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from fastclr.collectives import gather_rows, rank
+from fastclr.kernels import blocked, reference
+
+IMPLEMENTATIONS = ("auto", "reference", "blocked")
 
 
 def _unit_rows(z_ND: torch.Tensor) -> torch.Tensor:
@@ -15,7 +20,7 @@ def _unit_rows(z_ND: torch.Tensor) -> torch.Tensor:
     return F.normalize(z_ND if z_ND.dtype == torch.float64 else z_ND.float(), dim=1)
 
 
-def _check(z0_BD: torch.Tensor, z1_BD: torch.Tensor, temperature: float) -> None:
+def _check(z0_BD: torch.Tensor, z1_BD: torch.Tensor, temperature: float, impl: str) -> None:
     """Refuse what has no meaning, with the values."""
     if z0_BD.ndim != 2 or z0_BD.shape != z1_BD.shape or 0 in z0_BD.shape:
         raise ValueError(
@@ -26,6 +31,21 @@ def _check(z0_BD: torch.Tensor, z1_BD: torch.Tensor, temperature: float) -> None
         raise ValueError(f"projections are {z0_BD.dtype}: give floating point.")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: it divides similarities; give > 0.")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl {impl!r} is unknown: choose from {', '.join(IMPLEMENTATIONS)}.")
+
+
+def choose_implementation(dtype: torch.dtype, temperature: float) -> tuple[str, str]:
+    """Return what ``impl="auto"`` takes, and why.
+
+    Args:
+        dtype: Of the normalised rows: float32, or float64 for float64 input.
+        temperature: Divides the cosine similarities.
+    """
+    lowest = blocked.LOWEST_TEMPERATURE[dtype]
+    if temperature < lowest:
+        return "reference", f"temperature {temperature} is below blocked's {lowest} in {dtype}"
+    return "blocked", "no matrix is kept, and the gradient needs no collective"
 
 
 def nt_xent(
@@ -34,6 +54,7 @@ def nt_xent(
     *,
     temperature: float = 0.1,
     group: ProcessGroup | None = None,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """Return the mean NT-Xent loss of this rank's 2B anchors, in nats.
 
@@ -47,25 +68,52 @@ def nt_xent(
         z1_BD: Projections of view 1; row i is the positive of row i of ``z0_BD``.
         temperature: Divides the cosine similarities.
         group: Ranks that share the contrastive batch; None for all. Every rank gives the same B.
+        impl: ``reference`` (dense, O(M^2) memory), ``blocked`` (O(M D) memory; the gradient is
+            complete on each rank without a collective in the backward, given that all ranks scale
+            their loss alike), or ``auto``, see :func:`choose_implementation`.
 
     Returns:
         Scalar, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: On unequal or empty shapes, integer input, or a temperature <= 0.
+        ValueError: On unequal or empty shapes, integer input, a temperature <= 0, or one below
+            what ``blocked`` was explicitly asked for can hold.
     """
-    _check(z0_BD, z1_BD, temperature)
+    _check(z0_BD, z1_BD, temperature, impl)
     with torch.autocast(z0_BD.device.type, enabled=False):  # bf16 logits: 2 % off the gradient
         u_ND = _unit_rows(torch.cat([z0_BD, z1_BD]))
-        keys_MD = gather_rows(u_ND, group)
-        num_rows = u_ND.shape[0]
+        best, reason = choose_implementation(u_ND.dtype, temperature)
+        if impl == "blocked" and best != "blocked":
+            raise ValueError(f"{reason}: use impl='auto' or 'reference'.")
+        if (best if impl == "auto" else impl) == "blocked":
+            return _BlockedNTXent.apply(u_ND, temperature, group)
         # Rank-major keys [z0_0 z1_0 z0_1 z1_1 ...]: our own rows start at rank * 2B, not at 0.
-        self_N = torch.arange(num_rows, device=u_ND.device) + rank(group) * num_rows
-        positive_N = self_N.roll(num_rows // 2)
-        logits_NM = u_ND @ keys_MD.T / temperature
-        # Masked before the exponential: subtracting exp(1/temperature) afterwards cancels.
-        logits_NM = logits_NM.scatter(1, self_N[:, None], float("-inf"))
-        return F.cross_entropy(logits_NM, positive_N)
+        first = rank(group) * len(u_ND)
+        return reference.nt_xent(u_ND, gather_rows(u_ND, group), first, temperature)
+
+
+class _BlockedNTXent(torch.autograd.Function):
+    """Loss and gradient of unit rows from :mod:`fastclr.kernels.blocked`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u_ND: torch.Tensor, temperature: float, group: ProcessGroup | None
+    ) -> torch.Tensor:
+        keys_MD = gather_rows(u_ND, group)
+        first = rank(group) * len(u_ND)
+        sum_N = blocked.row_sums(u_ND, keys_MD, first, temperature)
+        # With Z of all ranks each computes its complete gradient: the backward has no collective.
+        ctx.save_for_backward(u_ND, keys_MD, gather_rows(sum_N, group))
+        ctx.first, ctx.temperature = first, temperature
+        positive_N = (u_ND * u_ND.roll(len(u_ND) // 2, 0)).sum(1)
+        return (sum_N.log() + (1 - positive_N) / temperature).mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        u_ND, keys_MD, sum_M = ctx.saved_tensors
+        grad_ND = blocked.gradient(u_ND, keys_MD, ctx.first, ctx.temperature, sum_M)
+        return grad_ND.mul_(grad_outputs[0] / (len(u_ND) * ctx.temperature)), None, None
 
 
 @torch.no_grad()
@@ -96,13 +144,15 @@ class NTXent(nn.Module):
     Args:
         temperature: Divides the cosine similarities.
         group: Ranks that share the contrastive batch; None for all.
+        impl: Implementation.
     """
 
-    def __init__(self, temperature: float = 0.1, group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self, temperature: float = 0.1, group: ProcessGroup | None = None, impl: str = "auto"
+    ) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.group = group
+        self.temperature, self.group, self.impl = temperature, group, impl
 
     def forward(self, z0_BD: torch.Tensor, z1_BD: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of this rank's anchors; see :func:`nt_xent`."""
-        return nt_xent(z0_BD, z1_BD, temperature=self.temperature, group=self.group)
+        return nt_xent(z0_BD, z1_BD, temperature=self.temperature, group=self.group, impl=self.impl)

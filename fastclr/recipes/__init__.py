@@ -64,7 +64,7 @@ def demo() -> Config:
         views=ViewsConfig(size=32, color_strength=0.5, blur_prob=0.0),
         loss=LossConfig(temperature=0.2),
         optimizer=OptimizerConfig(
-            name="LARS", base_learning_rate=1.0, weight_decay=1e-6, warmup_epochs=2
+            name="LARS", base_learning_rate=2.0, weight_decay=1e-6, warmup_epochs=2
         ),
         epochs=12,
         global_batch_size=128,

@@ -58,9 +58,20 @@ def blind_nt_xent(z0_BD: torch.Tensor, z1_BD: torch.Tensor) -> torch.Tensor:
 
     module.gather_rows = blind
     try:
-        return nt_xent(z0_BD, z1_BD)
+        return nt_xent(z0_BD, z1_BD, impl="reference")
     finally:
         module.gather_rows = exact
+
+
+def collectives_in_backward(views_VBP: torch.Tensor) -> dict[str, list[str]]:
+    """Return the names of the collectives that each implementation calls in its backward."""
+    called = {}
+    for impl in ("reference", "blocked"):
+        loss = nt_xent(*(views_VBP @ weight_PD()), impl=impl)
+        with torch.profiler.profile() as profile:
+            loss.backward()
+        called[impl] = [e.name for e in profile.events() if e.name.startswith(("c10d", "gloo"))]
+    return called
 
 
 def shared_gradient() -> list[float]:
@@ -84,6 +95,9 @@ def main(rendezvous: str, result: str) -> None:
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     mine_VBP = images_VGP().chunk(num_ranks, dim=1)[rank]
     found = {name: measure(LOSSES[name](temperature=0.1), mine_VBP) for name in LOSSES}
+    for impl in ("reference", "blocked"):
+        found[impl] = measure(LOSSES["nt_xent"](temperature=0.1, impl=impl), mine_VBP)
+    found["collectives"] = collectives_in_backward(mine_VBP)
     found["warm"] = measure(LOSSES["nt_xent"](temperature=0.7), mine_VBP)
     found["blind"] = measure(blind_nt_xent, mine_VBP)
     found["shared_gradient"] = shared_gradient()

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastclr.kernels import blocked
 from fastclr.losses import LOSSES, NTXent, contrastive_accuracy, nt_xent
+from fastclr.losses.nt_xent import IMPLEMENTATIONS, choose_implementation
 
 SCRIPT = Path(__file__).with_name("nt_xent_ranks.py")
 
@@ -128,8 +130,10 @@ def test_bounds(z, temperature):
 def test_one_image_has_no_loss_and_no_gradient(dtype):
     z = pair(1, dtype=dtype)
     loss = nt_xent(*z)
-    assert loss.item() == 0
-    assert gradients(loss, *z).abs().max() == 0
+    rounding = 1e-14 if dtype == torch.float64 else 1e-6
+    assert abs(loss.item()) < rounding
+    assert gradients(loss, *z).abs().max() < rounding
+    assert nt_xent(*z, impl="reference").item() == 0
 
 
 def test_duplicates_are_negatives_like_any_other():
@@ -224,6 +228,80 @@ def test_accuracy_of_a_collapsed_model_is_chance():
     assert contrastive_accuracy(torch.ones(5, 3), torch.ones(5, 3)).item() == pytest.approx(0.2)
 
 
+# Implementations
+
+explicit = [impl for impl in IMPLEMENTATIONS if impl != "auto"]
+
+
+@pytest.mark.parametrize("impl", explicit)
+@pytest.mark.parametrize("block", [1, 3, 8, 512])
+@quick
+@given(z=batches, temperature=st.floats(0.025, 5))
+def test_each_implementation_is_the_formula_in_any_blocks(impl, block, z, temperature):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "BLOCK", block)
+        ours = nt_xent(*z, temperature=temperature, impl=impl)
+        ours_grad = gradients(ours, *z)
+    theirs = slow_nt_xent(*z, temperature)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours_grad, gradients(theirs, *z), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", explicit)
+def test_each_implementation_passes_gradcheck(impl):
+    z = pair(5)
+    assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, temperature=0.3, impl=impl), z)
+
+
+@pytest.mark.parametrize("num_images", [300, 700])  # one and three blocks a side
+def test_blocked_in_single_precision_is_as_exact_as_the_reference(num_images):
+    z = pair(num_images, 64)
+    truth = gradients(nt_xent(*z, impl="reference"), *z)
+    error = {}
+    for impl in explicit:
+        single = tuple(row.detach().float().requires_grad_() for row in z)
+        found = gradients(nt_xent(*single, impl=impl), *single)
+        error[impl] = ((found - truth).norm() / truth.norm()).item()
+    assert error["blocked"] <= 2 * error["reference"] + 1e-7, error
+
+
+def test_blocked_keeps_no_matrix():
+    sizes = []
+
+    def note(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    z = pair(600, 16)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        nt_xent(*z, impl="blocked")
+    assert max(sizes) == 1200 * 16
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        nt_xent(*z, impl="reference")
+    assert max(sizes) == 1200 * 1200, "the check sees matrices"
+
+
+def test_blocked_twice_is_bitwise_the_same():
+    z = pair(700, 32, dtype=torch.float32)
+    first, second = (gradients(nt_xent(*z, impl="blocked"), *z) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_auto_says_why():
+    assert choose_implementation(torch.float32, 0.1)[0] == "blocked"
+    name, reason = choose_implementation(torch.float32, 0.01)
+    assert name == "reference" and "0.01" in reason and "0.025" in reason
+    assert choose_implementation(torch.float64, 0.01)[0] == "blocked"
+
+
+def test_an_explicit_choice_never_falls_back():
+    z = pair(3, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"below blocked's 0.025.*use impl='auto'"):
+        nt_xent(*z, temperature=0.01, impl="blocked")
+    with pytest.raises(ValueError, match="impl 'triton' is unknown: choose from auto"):
+        nt_xent(*z, impl="triton")
+
+
 # Over ranks
 
 
@@ -260,6 +338,17 @@ def test_over_ranks_it_is_the_loss_of_one_process(ranks, measured, name):
     assert 0 < expected["accuracy"] < 1
     assert max(map(abs, expected["grad"])) > 1e-2
     assert_equal(measured[1][name], expected)
+
+
+@pytest.mark.parametrize("impl", explicit)
+def test_each_implementation_is_exact_over_ranks(ranks, measured, impl):
+    assert_equal(measured[1][impl], ranks.measure(NTXent(impl=impl), ranks.images_VGP()))
+
+
+def test_blocked_has_no_collective_in_the_backward(measured):
+    num_ranks, found = measured
+    assert found["collectives"]["blocked"] == []
+    assert bool(found["collectives"]["reference"]) == (num_ranks > 1), "the check sees collectives"
 
 
 def test_the_temperature_reaches_every_rank(ranks, measured):
