@@ -110,7 +110,9 @@ class _BlockedNTXent(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
         u_ND, keys_MD, sum_M = ctx.saved_tensors
         grad_ND = blocked.gradient(u_ND, keys_MD, ctx.first, ctx.temperature, sum_M)
         return grad_ND.mul_(grad_outputs[0] / (len(u_ND) * ctx.temperature)), None, None
