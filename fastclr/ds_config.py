@@ -221,11 +221,11 @@ def engine_problems(ds: JSON, optimizer_name: str | None) -> list[str]:
         )
     stage = ds.get("zero_optimization", {}).get("stage", 0)
     half = [key for key in ("fp16", "bf16", "bfloat16") if ds.get(key, {}).get("enabled")]
-    if optimizer_name == "LARS" and (stage or half):
+    if optimizer_name == "LARS" and half and (stage == 0 or "fp16" in half):
         problems.append(
-            f"LARS with {f'ZeRO stage {stage}' if stage else half[0]} is refused: the engine hands "
-            "the optimizer flat pieces that cut layers, so its layer-wise ratios would be wrong. "
-            "Use stage 0 in fp32 (or torch_autocast), or SGD or AdamW."
+            f"LARS with {half[0]} at ZeRO stage {stage} is refused: there DeepSpeed takes a step "
+            "without gradients when it starts, or scales the loss, and neither has been made exact "
+            "yet. Use bf16 at stage 1, 2 or 3, fp32, torch_autocast, or SGD or AdamW."
         )
     return problems
 

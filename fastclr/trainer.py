@@ -30,7 +30,7 @@ from fastclr.config import ConfigError, raise_all
 from fastclr.ds_config import JSON, engine_problems, read
 from fastclr.losses import contrastive_accuracy
 from fastclr.metrics import MetricsLog, Row, memory_gib
-from fastclr.optim import parameter_groups
+from fastclr.optim import LARS, parameter_groups
 from fastclr.optim.schedules import Schedule
 from fastclr.simclr import Output, SimCLR
 from fastclr.world import World
@@ -248,6 +248,8 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, model_parameters=groups, config=ds
         )
+        if isinstance(self.optimizer, LARS):
+            self.optimizer.attach(self.engine)
         if self.engine.optimizer is self.engine.basic_optimizer:
             # Not before initialize, whose broadcast refuses such weights, and not where DeepSpeed
             # wraps the optimizer: the weights are then views of flat buffers.

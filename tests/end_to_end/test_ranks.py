@@ -1,8 +1,12 @@
-"""Two ranks train what one rank trains."""
+"""Two ranks, with and without ZeRO, train what one rank trains."""
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
 
@@ -13,16 +17,23 @@ SETTINGS = (
 ).split()
 
 
-def test_two_ranks_have_the_losses_of_one(commands, photos, tmp_path):
-    losses = {}
-    for ranks in (1, 2):
-        run_dir = tmp_path / f"ranks{ranks}"
+def test_two_ranks_at_any_stage_have_the_losses_of_one(commands, photos, tmp_path):
+    losses, weights = {}, {}
+    for ranks, stage in ((1, 0), (2, 0), (2, 3)):
+        ds_config = tmp_path / f"stage{stage}.json"
+        ds_config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        run_dir = tmp_path / f"ranks{ranks}-stage{stage}"
         flags = (*SETTINGS, "--data.train", photos.train, "--run-dir", run_dir)
-        done = commands.run(*commands.train(*flags, ranks=ranks))
+        done = commands.run(*commands.train(*flags, ranks=ranks, ds=ds_config))
         assert done.returncode == 0, done.stderr[-3000:]
-        losses[ranks] = commands.losses(run_dir)
-    assert list(losses[1]) == list(range(1, 21))
-    assert losses[1][20] < losses[1][1] - 0.1, "nothing was learned: equality would mean little"
-    worst = max(abs(losses[1][step] - losses[2][step]) for step in losses[1])
-    print(f"largest difference in loss over 20 steps, 1 against 2 ranks: {worst:.2e}")
-    assert worst < 1e-5
+        losses[ranks, stage] = commands.losses(run_dir)
+        weights[ranks, stage] = load_file(run_dir / "checkpoints/step-0000020/model.safetensors")
+    one = losses.pop((1, 0))
+    assert list(one) == list(range(1, 21))
+    assert one[20] < one[1] - 0.1, "nothing was learned: equality would mean little"
+    for case, many in losses.items():
+        worst = max(abs(one[step] - many[step]) for step in one)
+        print(f"largest difference in loss over 20 steps, 1 rank against {case}: {worst:.2e}")
+        assert worst < 1e-5, case
+        for name, expected in weights[1, 0].items():
+            np.testing.assert_allclose(weights[case][name], expected, atol=1e-5, err_msg=name)

@@ -97,10 +97,10 @@ def test_a_batch_larger_than_the_data(train):
     refused(train("--global-batch-size", "1000"), "640 samples", "1000", "Lower")
 
 
-def test_lars_under_zero_is_refused_until_it_is_exact(train, tmp_path):
+def test_lars_in_fp16_is_refused_until_it_is_exact(train, tmp_path):
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    refused(train(ds=file), "LARS with ZeRO stage 2", "SGD or AdamW")
+    file.write_text(json.dumps({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}))
+    refused(train(ds=file), "LARS with fp16 at ZeRO stage 2", "Use bf16", "SGD or AdamW")
 
 
 def test_all_problems_are_told_at_once(train):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import psutil
@@ -32,10 +33,17 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.005)
 
 
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(commands, photos, tmp_path):
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2)])
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(commands, photos, tmp_path, ranks, stage):
+    ds_config = tmp_path / "ds.json"
+    ds_config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     runs = {name: tmp_path / name for name in ("whole", "killed")}
     command = {
-        name: commands.train(*SETTINGS, "--data.train", photos.train, "--run-dir", path, ranks=1)
+        name: commands.train(
+            *(*SETTINGS, "--data.train", photos.train, "--run-dir", path),
+            ranks=ranks,
+            ds=ds_config,
+        )
         for name, path in runs.items()
     }
     assert commands.run(*command["whole"]).returncode == 0
