@@ -126,6 +126,13 @@ class LARS(torch.optim.Optimizer):
         for parameter in self.param_groups[-1]["params"]:
             self._layers[id(parameter)] = parameter
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy; ``load_state_dict`` passes here too and changes no layer."""
+        super().__setstate__(state)
+        if "_layers" not in self.__dict__:
+            self._layers = {id(p): p for group in self.param_groups for p in group["params"]}
+            self._table = None
+
     def attach(self, engine: Any) -> None:
         """Learn where the layers lie in a DeepSpeed engine's buffers; every rank calls this.
 

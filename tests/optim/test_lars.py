@@ -233,3 +233,15 @@ def test_for_module_passes_every_value_on():
     for group in (first, second):
         assert (group["lr"], group["momentum"], group["trust_coefficient"]) == (LR, MOMENTUM, TRUST)
     assert (first["weight_decay"], second["weight_decay"]) == (DECAY, 0.0)
+
+
+def test_a_copy_of_model_and_optimizer_steps_like_the_original():
+    module = model()
+    pair = (module, optimizer(module))
+    copied = copy.deepcopy(pair)
+    for network, lars in (pair, copied):
+        backward(network, 0)
+        lars.step()
+    for ours, theirs in zip(pair[0].parameters(), copied[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours is not theirs
