@@ -92,8 +92,8 @@ def resolve(config: Config, ds: JSON, world: World) -> tuple[Config, JSON]:
     return resolved, ds
 
 
-def micro_batch_size(ds: JSON, world: World) -> int:
-    """Return the images of one rank and micro-batch in a resolved JSON."""
+def images_per_rank(ds: JSON, world: World) -> int:
+    """Return the images of one rank and step in a resolved JSON: all its micro-batches."""
     return ds["train_batch_size"] // world.num_ranks
 
 
@@ -148,13 +148,14 @@ def _merge_batch(config: Config, ds: JSON, world: World, problems: list[str]) ->
             "image has no negative. Give 2 or more (hundreds, to learn something)."
         )
         return 2
-    if total % world.num_ranks:
+    if total % (world.num_ranks * steps):
         problems.append(
-            f"global_batch_size {total} is no multiple of {world.num_ranks} ranks: every rank "
-            "holds the same number of images. Change one of them."
+            f"global_batch_size {total} is no multiple of {world.num_ranks} ranks x {steps} "
+            "gradient_accumulation_steps: every rank and micro-batch holds the same number of "
+            "images. Change one of them."
         )
     ds["train_batch_size"] = total
-    ds["train_micro_batch_size_per_gpu"] = total // world.num_ranks
+    ds["train_micro_batch_size_per_gpu"] = total // (world.num_ranks * steps)
     return total
 
 
@@ -212,13 +213,6 @@ def engine_problems(ds: JSON, optimizer_name: str | None) -> list[str]:
     problems: list[str] = []
     if optimizer_name is None:
         problems.append("there is no optimizer: pass one, or describe it in the DeepSpeed JSON.")
-    steps = ds.get("gradient_accumulation_steps", 1)
-    if steps != 1:
-        problems.append(
-            f"gradient_accumulation_steps is {steps} in the DeepSpeed JSON: plain accumulation "
-            "would shrink each anchor's negatives to one micro-batch. Set it to 1 (gradient "
-            "caching is not there yet)."
-        )
     stage = ds.get("zero_optimization", {}).get("stage", 0)
     half = [key for key in ("fp16", "bf16", "bfloat16") if ds.get(key, {}).get("enabled")]
     if optimizer_name == "LARS" and half and (stage == 0 or "fp16" in half):

@@ -67,7 +67,7 @@ def train(config: Config, ds_path: str, command: list[str]) -> Summary:
     loader = make_loader(
         shard_set,
         SimCLRPolicy(**asdict(config.views)),
-        micro_batch_size=ds_config.micro_batch_size(ds, world),
+        micro_batch_size=ds_config.images_per_rank(ds, world),
         seed=config.seed,
         backend=config.data.backend,
         world=world,

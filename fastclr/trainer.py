@@ -28,11 +28,11 @@ from fastclr.batch import Batch
 from fastclr.clock import Clock
 from fastclr.config import ConfigError, raise_all
 from fastclr.ds_config import JSON, engine_problems, read
-from fastclr.losses import contrastive_accuracy
+from fastclr.losses import contrastive_accuracy, gradient_cache
 from fastclr.metrics import MetricsLog, Row, memory_gib
 from fastclr.optim import LARS, parameter_groups
 from fastclr.optim.schedules import Schedule
-from fastclr.simclr import Output, SimCLR
+from fastclr.simclr import SimCLR
 from fastclr.world import World
 
 logger = logging.getLogger(__name__)
@@ -144,20 +144,40 @@ class Trainer:
         self.total_steps: int | None = None
         self.clock = Clock()
 
-    def train_step(self, batch: Batch) -> tuple[torch.Tensor, Output]:
-        """Take one optimizer step on a batch; nothing here waits for the device."""
+    def train_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take one optimizer step on a batch; nothing here waits for the device.
+
+        Returns:
+            The loss of this rank's anchors, and the projections ``z_ND``, both detached.
+        """
         self._set_rate()
         # Randomness inside the model is a function of its coordinates: nothing to save or restore.
         place = self.step * self.world.num_ranks + self.world.rank
         torch.manual_seed((self.seed * 2**32 + place) % 2**63)
         views_VBCHW = batch.views_VBCHW.to(self.device, non_blocking=True)
-        output = self.engine(views_VBCHW)
-        loss = self.loss(*output.z_ND.chunk(2))
-        self.engine.backward(loss)
-        self.engine.step()
+        chunks = views_VBCHW.chunk(self.engine.gradient_accumulation_steps(), dim=1)
+        if len(chunks) > 1:
+            loss, z_ND = gradient_cache(
+                self.engine.module, self._project, chunks, self.loss, self._accumulate
+            )
+        else:
+            z_ND = self._project(views_VBCHW)
+            loss = self.loss(*z_ND.chunk(2))
+            self.engine.backward(loss)
+            self.engine.step()
         self.step += 1
         self.images += batch.views_VBCHW.shape[1] * self.world.num_ranks
-        return loss.detach(), output
+        return loss.detach(), z_ND.detach()
+
+    def _project(self, views_VBCHW: torch.Tensor) -> torch.Tensor:
+        """Return the projections of views, view-major."""
+        return self.engine(views_VBCHW).z_ND
+
+    def _accumulate(self, part: torch.Tensor) -> None:
+        """Add a chunk's part of the gradient; the engine steps after the last one."""
+        # The engine takes parts for losses to be averaged, and divides by their number.
+        self.engine.backward(part * self.engine.gradient_accumulation_steps())
+        self.engine.step()
 
     def fit(
         self, loader: BatchSource, *, epochs: float | None = None, minutes: float | None = None
@@ -193,13 +213,13 @@ class Trainer:
         for batch in loader:
             if self.total_steps is not None and self.step >= self.total_steps:
                 break
-            loss, output = self.train_step(batch)
+            loss, z_ND = self.train_step(batch)
             should_log = self.step % self.log_every == 0
             if minutes is not None and should_log:
                 self._plan(minutes)
             done = self.step == self.total_steps
             if should_log or done:
-                row = window.close(loss, output)
+                row = window.close(loss, z_ND)
                 if log:
                     log.write(row, self.total_steps)
             every = self.checkpoint_every or loader.batches_per_epoch
@@ -235,7 +255,7 @@ class Trainer:
         batch_size = loader.micro_batch_size * self.world.num_ranks
         if ds.setdefault("train_batch_size", batch_size) != batch_size or batch_size < 2:
             raise ConfigError(
-                f"the loader gives {loader.micro_batch_size} images on each of "
+                f"the loader gives {loader.micro_batch_size} images a step on each of "
                 f"{self.world.num_ranks} ranks, the DeepSpeed JSON's train_batch_size is "
                 f"{ds['train_batch_size']}: they must be equal, and at least 2."
             )
@@ -342,14 +362,14 @@ class _Window:
         self._time = time.perf_counter()
         self._first = (self._trainer.step, self._trainer.images, self._loader.wait_seconds)
 
-    def close(self, loss: torch.Tensor, output: Output) -> Row:
+    def close(self, loss: torch.Tensor, z_ND: torch.Tensor) -> Row:
         """Return the row of this window, and begin the next.
 
         Raises:
             FloatingPointError: If the loss is not finite on any rank.
         """
         trainer = self._trainer
-        z0_BD, z1_BD = output.z_ND.detach().chunk(2)
+        z0_BD, z1_BD = z_ND.chunk(2)
         accuracy = contrastive_accuracy(z0_BD, z1_BD)
         values = torch.stack([loss.float(), accuracy]) / trainer.world.num_ranks
         dist.all_reduce(values)
