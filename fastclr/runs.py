@@ -76,6 +76,7 @@ def train(config: Config, ds_path: str, command: list[str]) -> Summary:
         prefetch=config.data.prefetch,
     )
     trainer = _trainer(config, ds, world)
+    trainer.check(loader)
     facts = {
         "config": asdict(config),
         "ds_config": redacted(ds),

@@ -143,6 +143,7 @@ class Trainer:
         self.images = 0
         self.total_steps: int | None = None
         self.clock = Clock()
+        self._seconds_before = 0.0  # training time of earlier starts
 
     def train_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Take one optimizer step on a batch; nothing here waits for the device.
@@ -197,6 +198,7 @@ class Trainer:
         """
         if (epochs is None) == (minutes is None):
             raise ConfigError(f"epochs is {epochs} and minutes is {minutes}: give exactly one.")
+        self.check(loader)
         self._start_engine(loader)
         self._resume(loader)
         if epochs is not None:
@@ -208,6 +210,7 @@ class Trainer:
 
     def _loop(self, loader: BatchSource, minutes: float | None, log: MetricsLog | None) -> None:
         """Step until the end; log and save on the way."""
+        every = self.checkpoint_every or loader.batches_per_epoch
         window = _Window(self, loader)
         self.clock.start()
         for batch in loader:
@@ -218,12 +221,12 @@ class Trainer:
             if minutes is not None and should_log:
                 self._plan(minutes)
             done = self.step == self.total_steps
-            if should_log or done:
+            should_save = self.step % every == 0 or done
+            if should_log or should_save:  # a row also says that what is saved is finite
                 row = window.close(loss, z_ND)
                 if log:
                     log.write(row, self.total_steps)
-            every = self.checkpoint_every or loader.batches_per_epoch
-            if self.step % every == 0 or done:
+            if should_save:
                 self.clock.pause()
                 self._save(loader)
                 self.clock.start()
@@ -247,18 +250,36 @@ class Trainer:
         dist.broadcast(steps, src=0)
         self.total_steps = int(steps.item())
 
-    def _start_engine(self, loader: BatchSource) -> None:
-        """Build the DeepSpeed engine; checks come before the device is touched."""
-        ds = {k: v for k, v in self.ds_config.items() if k not in MONITORS}
+    def check(self, loader: BatchSource) -> None:
+        """Refuse what cannot work, before any device is touched; ``fit`` begins with this.
+
+        Raises:
+            ConfigError: If optimizer, precision or batch sizes do not go together.
+        """
+        ds, batch_size = self.ds_config, loader.micro_batch_size * self.world.num_ranks
         ours = type(self.optimizer).__name__ if self.optimizer else None
-        raise_all(engine_problems(ds, ours or ds.get("optimizer", {}).get("type")))
-        batch_size = loader.micro_batch_size * self.world.num_ranks
-        if ds.setdefault("train_batch_size", batch_size) != batch_size or batch_size < 2:
-            raise ConfigError(
+        problems = engine_problems(ds, ours or ds.get("optimizer", {}).get("type"))
+        total = ds.get("train_batch_size", batch_size)
+        if total != batch_size or batch_size < 2:
+            problems.append(
                 f"the loader gives {loader.micro_batch_size} images a step on each of "
-                f"{self.world.num_ranks} ranks, the DeepSpeed JSON's train_batch_size is "
-                f"{ds['train_batch_size']}: they must be equal, and at least 2."
+                f"{self.world.num_ranks} ranks, the DeepSpeed JSON's train_batch_size is {total}: "
+                "they must be equal, and at least 2."
             )
+        half = [k for k in ("bf16", "bfloat16", "fp16") if ds.get(k, {}).get("enabled")]
+        if half and self._has_batch_norm():
+            problems.append(
+                f"{half[0]} with BatchNorm is refused: DeepSpeed casts its weights and not its "
+                "running statistics, and torch does not mix them. Use torch_autocast in the JSON "
+                '({"torch_autocast": {"enabled": true, "dtype": "bfloat16"}}), or an encoder and a '
+                "head without BatchNorm."
+            )
+        raise_all(problems)
+
+    def _start_engine(self, loader: BatchSource) -> None:
+        """Build the DeepSpeed engine."""
+        ds = {k: v for k, v in self.ds_config.items() if k not in MONITORS}
+        ds.setdefault("train_batch_size", loader.micro_batch_size * self.world.num_ranks)
         ds.setdefault("zero_allow_untested_optimizer", True)
         ds.setdefault("steps_per_print", 10**9)
         _init_distributed(self.world, self.device)
@@ -280,12 +301,13 @@ class Trainer:
         kind = self.schedule_kind
         self.schedule = Schedule(warmup_steps, kind) if kind != "none" else None
 
+    def _has_batch_norm(self) -> bool:
+        modules = self.model.modules()
+        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
+
     def _use_global_batch_norm(self) -> None:
         """Share BatchNorm statistics over ranks; where that cannot be, say so."""
-        has_batch_norm = any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()
-        )
-        if self.world.num_ranks == 1 or not has_batch_norm:
+        if self.world.num_ranks == 1 or not self._has_batch_norm():
             return
         if self.device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -331,7 +353,8 @@ class Trainer:
         loader.load_state_dict(facts["loader"])
         self.step, self.images = facts["step"], facts["images"]
         self.total_steps = facts["total_steps"]
-        self.clock = Clock(facts["training_seconds"])
+        self._seconds_before = facts["training_seconds"]
+        self.clock = Clock(self._seconds_before)
         logger.warning("going on from %s, step %d", checkpoint, self.step)
 
     def _summary(self, loader: BatchSource) -> Summary:
@@ -344,7 +367,7 @@ class Trainer:
             training_seconds=seconds,
             program_seconds=self.clock.program_seconds,
             images_per_second=self.images / max(seconds, 1e-9),
-            data_wait_fraction=loader.wait_seconds / max(seconds, 1e-9),
+            data_wait_fraction=loader.wait_seconds / max(seconds - self._seconds_before, 1e-9),
             num_ranks=self.world.num_ranks,
             checkpoint=str(checkpointing.latest(self._checkpoints)),
         )

@@ -103,6 +103,12 @@ def test_lars_in_fp16_is_refused_until_it_is_exact(train, tmp_path):
     refused(train(ds=file), "LARS with fp16 at ZeRO stage 2", "Use bf16", "SGD or AdamW")
 
 
+def test_half_precision_with_batch_norm_is_refused(train, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}))
+    refused(train(ds=file), "bf16 with BatchNorm", "Use torch_autocast")
+
+
 def test_all_problems_are_told_at_once(train):
     done = train("--global-batch-size", "1", "--loss.temperature", "0", "--views.size", "4")
     refused(done, "global_batch_size is 1", "loss.temperature is 0", "views.size is 4")
