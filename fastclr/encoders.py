@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, cast
 
 import timm
@@ -123,6 +122,7 @@ def _feature_dim(network: nn.Module) -> int:
     width = getattr(network, "head_hidden_size", None) or getattr(network, "num_features", None)
     if not isinstance(width, int):
         raise ConfigError(
-            f"encoder {inspect.getmodule(network)} does not say how wide its features are."
+            f"encoder {type(network).__name__} does not say how wide its features are: it has "
+            "neither head_hidden_size nor num_features. Choose another timm model."
         )
     return width
