@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from fastclr.batch import Batch as Batch
     from fastclr.config import Config as Config
     from fastclr.config import ConfigError as ConfigError
+    from fastclr.losses import MarginTriplet as MarginTriplet
+    from fastclr.losses import NTLogistic as NTLogistic
     from fastclr.losses import NTXent as NTXent
+    from fastclr.losses import gradient_cache as gradient_cache
+    from fastclr.losses import margin_triplet as margin_triplet
+    from fastclr.losses import nt_logistic as nt_logistic
     from fastclr.losses import nt_xent as nt_xent
     from fastclr.optim import LARS as LARS
     from fastclr.simclr import SimCLR as SimCLR
@@ -29,12 +34,17 @@ _HOMES = {
     "Config": "fastclr.config",
     "ConfigError": "fastclr.config",
     "LARS": "fastclr.optim",
+    "MarginTriplet": "fastclr.losses",
+    "NTLogistic": "fastclr.losses",
     "NTXent": "fastclr.losses",
     "SimCLR": "fastclr.simclr",
     "Trainer": "fastclr.trainer",
     "World": "fastclr.world",
     "encoders": "fastclr.encoders",
+    "gradient_cache": "fastclr.losses",
     "heads": "fastclr.heads",
+    "margin_triplet": "fastclr.losses",
+    "nt_logistic": "fastclr.losses",
     "nt_xent": "fastclr.losses",
 }
 __all__ = list(_HOMES)

@@ -137,15 +137,42 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """NT-Xent (Chen et al. 2020, equation 1).
+    """A contrastive loss (Chen et al. 2020, equation 1 and table 2).
 
     Attributes:
         name: Key of ``fastclr.losses.LOSSES``.
-        temperature: Divides the cosine similarities; 0.1 for ImageNet, 0.5 for long CIFAR-10 runs.
+        temperature: Divides the cosines; 0.1 for ImageNet, 0.5 for long CIFAR-10 runs. Not for the
+            triplet loss.
+        normalize: Compare unit rows; False, for NT-Xent, compares dot products.
+        margin: Of the triplet loss, in cosine; None for 0.8.
+        semi_hard: Mine one semi-hard negative an anchor; not for NT-Xent.
+        negatives: Of both views of all other images, or of the other view only.
+        exchange: Gather all projections on each rank, or pass them round in a ring.
     """
 
     name: str = "nt_xent"
     temperature: float = 0.1
+    normalize: bool = True
+    margin: float | None = None
+    semi_hard: bool = False
+    negatives: Literal["both", "other_view"] = "both"
+    exchange: Literal["gather", "ring"] = "gather"
+
+    def problems(self) -> list[str]:
+        """Say what cannot work, one sentence a problem."""
+        found: list[str] = []
+        if not 0 < self.temperature <= 100:
+            found.append(f"loss.temperature is {self.temperature}: give 0 < t <= 100.")
+        if self.margin is not None and not 0 <= self.margin <= 2:
+            found.append(f"loss.margin is {self.margin}: cosines differ by 0 to 2.")
+        for setting, is_set, has_it in (
+            ("normalize off", not self.normalize, self.name == "nt_xent"),
+            ("margin", self.margin is not None, self.name == "margin_triplet"),
+            ("semi_hard", self.semi_hard, self.name != "nt_xent"),
+        ):
+            if is_set and not has_it:
+                found.append(f"loss.{setting} does nothing for {self.name}: leave it out.")
+        return found
 
 
 @dataclass(frozen=True)
@@ -187,6 +214,7 @@ class Config:
         head: Projection head g.
         loss: Contrastive loss.
         optimizer: Optimizer and schedule.
+        batch_norm: Statistics over all ranks, or local to each, which leaks the positives.
         run_dir: Folder of this run; a checkpoint in it is gone on from.
         epochs: Length of the run in epochs; excludes ``minutes``.
         minutes: Length in minutes of training; the number of steps follows the speed, so two such
@@ -205,6 +233,7 @@ class Config:
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch_norm: Literal["global", "local"] = "global"
     run_dir: str = ""
     epochs: float | None = None
     minutes: float | None = None
@@ -236,7 +265,8 @@ class Config:
 
     def problems(self) -> list[str]:
         """Say what cannot work, one sentence a problem; all cross-field rules at once."""
-        found = self.views.problems() + self.head.problems() + self._optimizer_problems()
+        found = self.views.problems() + self.head.problems() + self.loss.problems()
+        found += self._optimizer_problems()
         if not self.run_dir:
             found.append("run_dir is empty: say where results go, e.g. --run-dir runs/first.")
         if not self.data.train:
@@ -248,8 +278,6 @@ class Config:
         for name, length in {"epochs": self.epochs, "minutes": self.minutes}.items():
             if length is not None and not 0 < length < math.inf:
                 found.append(f"{name} is {length}: the length of a run is positive.")
-        if not 0 < self.loss.temperature <= 100:
-            found.append(f"loss.temperature is {self.loss.temperature}: give 0 < t <= 100.")
         if not 0 <= self.seed < 2**63:
             found.append(f"seed is {self.seed}: give 0 <= seed < 2**63.")
         for name, least in {

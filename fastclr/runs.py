@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastclr import checkpointing, ds_config
+from fastclr import checkpointing, ds_config, losses
 from fastclr.config import Config, ConfigError
 from fastclr.evaluation import knn, linear
 from fastclr.evaluation.features import Features, Pixels, extract
 from fastclr.facts import hardware, now, num_cores, redacted, versions
 from fastclr.files import write_json
-from fastclr.losses import LOSSES
 from fastclr.optim import LARS
 from fastclr.report import ViewPair, write_report
 from fastclr.simclr import SimCLR
@@ -110,19 +109,18 @@ def train(config: Config, ds_path: str, command: list[str]) -> Summary:
 def _trainer(config: Config, ds: ds_config.JSON, world: World) -> Trainer:
     """Build model, loss, optimizer and trainer."""
     model = SimCLR.from_config(config)
-    if config.loss.name not in LOSSES:
-        raise ConfigError(f"loss {config.loss.name!r} is unknown: choose from {', '.join(LOSSES)}.")
     settings: dict[str, Any] = asdict(config.optimizer)  # ds_config.resolve filled them in
     names = ("learning_rate", "weight_decay", "momentum", "trust_coefficient")
     lars = LARS.for_module(model, **{name: settings[name] for name in names})
     return Trainer(
         model,
-        loss=LOSSES[config.loss.name](temperature=config.loss.temperature),
+        loss=losses.from_config(config.loss),
         ds_config=ds,
         run_dir=config.run_dir,
         optimizer=lars if config.optimizer.name == "LARS" else None,
         warmup_epochs=config.optimizer.warmup_epochs,
         schedule=config.optimizer.schedule,
+        batch_norm=config.batch_norm,
         seed=config.seed,
         world=world,
         log_every=config.log_every,

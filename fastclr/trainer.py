@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -25,10 +26,11 @@ from torch import nn
 
 from fastclr import checkpointing
 from fastclr.batch import Batch
+from fastclr.batch_norm import share_statistics
 from fastclr.clock import Clock
 from fastclr.config import ConfigError, raise_all
 from fastclr.ds_config import JSON, engine_problems, read
-from fastclr.losses import contrastive_accuracy, gradient_cache
+from fastclr.losses import gradient_cache
 from fastclr.metrics import MetricsLog, Row, memory_gib
 from fastclr.optim import LARS, parameter_groups
 from fastclr.optim.schedules import Schedule
@@ -101,12 +103,14 @@ class Trainer:
 
     Args:
         model: Encoder and head.
-        loss: Maps two projections (B, D) to this rank's mean loss; exact over ranks.
+        loss: Maps two projections (B, D) to this rank's mean loss, exact over ranks; given a
+            dictionary ``statistics``, it puts ``contrastive_accuracy`` and other scalars there.
         ds_config: DeepSpeed JSON, as a path or loaded.
         run_dir: Folder of the run; a checkpoint in it is gone on from.
         optimizer: Optimizer object; None if the JSON describes one. Its rates are the peak.
         warmup_epochs: Epochs over which the rate rises from 0.
         schedule: What follows; ``none`` where the JSON has a scheduler.
+        batch_norm: Statistics of all ranks or of each alone, which leaks the positives.
         seed: Seed of dropout and the like; a function of it, the step and the rank.
         world: Which rank of how many; None for what the launcher says.
         log_every: Steps between log rows.
@@ -124,6 +128,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer | None = None,
         warmup_epochs: float = 10.0,
         schedule: ScheduleKind = "cosine",
+        batch_norm: Literal["global", "local"] = "global",
         seed: int = 0,
         world: World | None = None,
         log_every: int = 10,
@@ -135,6 +140,7 @@ class Trainer:
         self.run_dir, self.seed, self.world = Path(run_dir), seed, world or World.detect()
         self.warmup_epochs = warmup_epochs
         self.schedule_kind: ScheduleKind = schedule
+        self.batch_norm = batch_norm
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
         self.keep_checkpoints = keep_checkpoints
         self.device = device_of(self.world)
@@ -145,12 +151,15 @@ class Trainer:
         self.clock = Clock()
         self._seconds_before = 0.0  # training time of earlier starts
 
-    def train_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def train_step(
+        self, batch: Batch, statistics: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Take one optimizer step on a batch; nothing here waits for the device.
 
         Returns:
-            The loss of this rank's anchors, and the projections ``z_ND``, both detached.
+            The loss of this rank's anchors, detached.
         """
+        loss_of = functools.partial(self.loss, statistics=statistics)
         self._set_rate()
         # Randomness inside the model is a function of its coordinates: nothing to save or restore.
         place = self.step * self.world.num_ranks + self.world.rank
@@ -158,17 +167,16 @@ class Trainer:
         views_VBCHW = batch.views_VBCHW.to(self.device, non_blocking=True)
         chunks = views_VBCHW.chunk(self.engine.gradient_accumulation_steps(), dim=1)
         if len(chunks) > 1:
-            loss, z_ND = gradient_cache(
-                self.engine.module, self._project, chunks, self.loss, self._accumulate
+            loss = gradient_cache(
+                self.engine.module, self._project, chunks, loss_of, self._accumulate
             )
         else:
-            z_ND = self._project(views_VBCHW)
-            loss = self.loss(*z_ND.chunk(2))
+            loss = loss_of(*self._project(views_VBCHW).chunk(2))
             self.engine.backward(loss)
             self.engine.step()
         self.step += 1
         self.images += batch.views_VBCHW.shape[1] * self.world.num_ranks
-        return loss.detach(), z_ND.detach()
+        return loss.detach()
 
     def _project(self, views_VBCHW: torch.Tensor) -> torch.Tensor:
         """Return the projections of views, view-major."""
@@ -216,14 +224,17 @@ class Trainer:
         for batch in loader:
             if self.total_steps is not None and self.step >= self.total_steps:
                 break
-            loss, z_ND = self.train_step(batch)
-            should_log = self.step % self.log_every == 0
+            coming = self.step + 1
+            should_log = coming % self.log_every == 0
+            should_save = coming % every == 0 or coming == self.total_steps
+            statistics: dict[str, torch.Tensor] | None = {} if should_log or should_save else None
+            loss = self.train_step(batch, statistics)
             if minutes is not None and should_log:
                 self._plan(minutes)
             done = self.step == self.total_steps
-            should_save = self.step % every == 0 or done
-            if should_log or should_save:  # a row also says that what is saved is finite
-                row = window.close(loss, z_ND)
+            should_save |= done  # a plan ends a run at a log row
+            if statistics is not None:  # a row also says that what is saved is finite
+                row = window.close(loss, statistics)
                 if log:
                     log.write(row, self.total_steps)
             if should_save:
@@ -283,7 +294,7 @@ class Trainer:
         ds.setdefault("zero_allow_untested_optimizer", True)
         ds.setdefault("steps_per_print", 10**9)
         _init_distributed(self.world, self.device)
-        self._use_global_batch_norm()
+        self._share_batch_norm()
         decay = ds.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
         groups: Any = None if self.optimizer else parameter_groups(self.model, decay)
         self.engine, *_ = deepspeed.initialize(
@@ -305,16 +316,16 @@ class Trainer:
         modules = self.model.modules()
         return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
 
-    def _use_global_batch_norm(self) -> None:
-        """Share BatchNorm statistics over ranks; where that cannot be, say so."""
+    def _share_batch_norm(self) -> None:
+        """Make BatchNorm's statistics those of all ranks, unless told otherwise."""
         if self.world.num_ranks == 1 or not self._has_batch_norm():
             return
-        if self.device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        if self.batch_norm == "global":
+            self.model = share_statistics(self.model, self.device)
         elif self.world.is_main:
             logger.warning(
-                "BatchNorm statistics are per rank on the CPU: they leak which rows belong "
-                "together (Chen et al. 2020, section 2.2) and differ from a one-rank run."
+                "BatchNorm statistics are per rank: they leak which rows belong together (Chen et "
+                "al. 2020, section 2.2) and differ from a one-rank run."
             )
 
     def _open_log(self, stack: ExitStack) -> MetricsLog | None:
@@ -385,18 +396,16 @@ class _Window:
         self._time = time.perf_counter()
         self._first = (self._trainer.step, self._trainer.images, self._loader.wait_seconds)
 
-    def close(self, loss: torch.Tensor, z_ND: torch.Tensor) -> Row:
+    def close(self, loss: torch.Tensor, statistics: dict[str, torch.Tensor]) -> Row:
         """Return the row of this window, and begin the next.
 
         Raises:
             FloatingPointError: If the loss is not finite on any rank.
         """
         trainer = self._trainer
-        z0_BD, z1_BD = z_ND.chunk(2)
-        accuracy = contrastive_accuracy(z0_BD, z1_BD)
-        values = torch.stack([loss.float(), accuracy]) / trainer.world.num_ranks
+        values = torch.stack([loss.float(), *statistics.values()]) / trainer.world.num_ranks
         dist.all_reduce(values)
-        mean_loss, mean_accuracy = values.tolist()
+        mean_loss, *means = values.tolist()
         seconds = time.perf_counter() - self._time
         step, images, waited = self._first
         steps = trainer.step - step
@@ -412,7 +421,7 @@ class _Window:
             "epoch": trainer.step / self._loader.batches_per_epoch,
             "images": trainer.images,
             "loss": mean_loss,
-            "contrastive_accuracy": mean_accuracy,
+            **dict(zip(statistics, means, strict=True)),
             "learning_rate": trainer.engine.optimizer.param_groups[0]["lr"],
             "images_per_second": (trainer.images - images) / seconds,
             "data_wait_fraction": (self._loader.wait_seconds - waited) / seconds,

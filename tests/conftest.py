@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+# Triton's interpreter is how its kernels run on a CPU; it is chosen when they are first imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).parents[1]
 
 

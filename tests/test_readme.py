@@ -92,8 +92,9 @@ def test_python(code, sandbox, tmp_path):
     script.write_text(code)
     run(f"{MAKE} data/demo/train/manifest.json", sandbox)  # nothing to do after `make demo`
     run(f"{sys.executable} {script}", sandbox)
-    assert (sandbox / "runs/api/metrics.jsonl").exists()
-    shutil.rmtree(sandbox / "runs/api")
+    if "trainer.fit" in code:
+        assert (sandbox / "runs/api/metrics.jsonl").exists()
+        shutil.rmtree(sandbox / "runs/api")
 
 
 def test_named_files_exist():

@@ -2,3 +2,7 @@
 
 Imports torch alone: no configuration, no distributed.
 """
+
+
+class KernelUnavailable(RuntimeError):
+    """An implementation that was asked for by name cannot run here; the message says why."""

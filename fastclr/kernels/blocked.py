@@ -1,91 +1,100 @@
-"""NT-Xent in blocks of the similarity matrix, never the matrix: O(M D) memory on any device.
+"""NT-Xent tile by tile, never the matrix: O(M D) memory on any device.
 
-Anchors and keys are the same rows, so the matrix E_ik = exp((u_i.u_k - 1) / temperature) is
-symmetric. With Z_i = sum over k != i of E_ik and p(i) the positive of i,
+Anchors and keys are the same rows v (unit rows / sqrt(temperature)), so the similarities
+s_ik = v_i.v_k are symmetric. With Z_i = sum over k != i of exp(s_ik) and p(i) the positive of i,
 
-    loss_i = 1/temperature + ln Z_i - u_i.u_p(i) / temperature
-    dL/du  = (W u - 2 u_p) / (M temperature),   W_ik = E_ik (1/Z_i + 1/Z_k)
+    loss_i = ln Z_i - s_ip
+    dL/dv  = (W v - 2 v_p) / M,   W_ik = exp(s_ik) (1/Z_i + 1/Z_k)
 
-so one more pass over the blocks gives the whole gradient, row by row, from Z alone. Unit rows have
-the known maximum 1/temperature: no running maximum is needed (as long as exp(-2/temperature) is in
-range), and where the anchors are all keys only the upper triangle is computed.
+so one more pass over the tiles gives the whole gradient, row by row, from Z alone. Unit rows bound
+the similarities: no running maximum is needed while exp(+-1/temperature) is in range. Elsewhere the
+logarithm of Z is kept instead, at the price of a second exponential.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-BLOCK = 512
+from fastclr.kernels.ranking import Ranking
+from fastclr.kernels.tiles import Keys, tiles
 
-# exp(-2/t) stays a normal number above these; below, the reference takes over.
-LOWEST_TEMPERATURE = {torch.float32: 0.025, torch.float64: 0.003}
+# Above these, exp(1/t) times a billion rows and exp(-1/t) are normal numbers.
+LOWEST_TEMPERATURE = {torch.float32: 1 / 64, torch.float64: 1 / 600}
 
 
-def row_sums(
-    u_ND: torch.Tensor, keys_MD: torch.Tensor, first: int, temperature: float
+def nt_xent_sums(
+    rows_ND: torch.Tensor,
+    keys: Keys,
+    *,
+    bounded: bool,
+    other_view: bool,
+    ranking: Ranking | None = None,
 ) -> torch.Tensor:
-    """Return Z_N, the sums over all keys but the anchor itself; each in (0, M - 1].
+    """Return each anchor's Z over these keys, or its logarithm where similarities are unbounded.
 
     Args:
-        u_ND: Anchors, unit rows, float32 or float64.
-        keys_MD: All unit rows; rows first .. first + N are u_ND.
-        first: Place of the anchors among the keys.
-        temperature: At least :data:`LOWEST_TEMPERATURE` of the dtype.
+        rows_ND: Anchors, float32 or float64, view-major.
+        keys: Rows to compare them with.
+        bounded: Whether no similarity exceeds 1 / :data:`LOWEST_TEMPERATURE`.
+        other_view: Leave out the keys of the anchor's own view.
+        ranking: Takes note of the same tiles.
     """
-    sum_N = u_ND.new_zeros(len(u_ND))
-    for rows, columns, e_block, mirrored in _blocks(u_ND, keys_MD, first, temperature):
-        sum_N[rows] += e_block.sum(1)
-        if mirrored:
-            sum_N[columns] += e_block.sum(0)
+    sum_N = rows_ND.new_full((len(rows_ND),), 0 if bounded else float("-inf"))
+    for tile in tiles(rows_ND, keys, symmetric=True, other_view=other_view):
+        if ranking:
+            ranking.add(tile)
+        s = tile.s_block
+        if tile.diagonal and tile.same_view:
+            s.fill_diagonal_(float("-inf"))
+        sides = [(tile.rows, 1)] + [(tile.columns, 0)] * tile.mirrored
+        if bounded:
+            s.exp_()
+            for side, dim in sides:
+                sum_N[side] += s.sum(dim)
+        else:
+            for side, dim in sides:
+                sum_N[side] = torch.logaddexp(sum_N[side], s.logsumexp(dim))
     return sum_N
 
 
-def gradient(
-    u_ND: torch.Tensor,
-    keys_MD: torch.Tensor,
-    first: int,
-    temperature: float,
-    sum_M: torch.Tensor,
-) -> torch.Tensor:
-    """Return W u - 2 u_p for each anchor, (N, D); see the module's docstring.
+def nt_xent_gradient(
+    gradient_ND: torch.Tensor,
+    rows_ND: torch.Tensor,
+    sum_N: torch.Tensor,
+    keys: Keys,
+    *,
+    bounded: bool,
+    other_view: bool,
+) -> None:
+    """Add W v, and -2 v_p where the keys are ours; see the module's docstring.
 
     Args:
-        u_ND: Anchors as for :func:`row_sums`, view-major.
-        keys_MD: All unit rows.
-        first: Place of the anchors among the keys.
-        temperature: As for :func:`row_sums`.
-        sum_M: Z of all keys, from :func:`row_sums` on every rank.
+        gradient_ND: What is added to.
+        rows_ND: Anchors, as for :func:`nt_xent_sums`.
+        sum_N: Z of the anchors over all keys of the world, from :func:`nt_xent_sums`.
+        keys: Rows, with their Z, (M, 1), in ``shared_MK``.
+        bounded: As for :func:`nt_xent_sums`.
+        other_view: As for :func:`nt_xent_sums`.
     """
-    inverse_M = 1 / sum_M
-    inverse_N = inverse_M[first : first + len(u_ND)]
-    result_ND = u_ND.roll(len(u_ND) // 2, 0) * -2
-    for rows, columns, w_block, mirrored in _blocks(u_ND, keys_MD, first, temperature):
-        w_block *= inverse_N[rows, None] + inverse_M[columns]
-        result_ND[rows].addmm_(w_block, keys_MD[columns])
-        if mirrored:
-            result_ND[columns].addmm_(w_block.T, u_ND[rows])
-    return result_ND
-
-
-def _blocks(
-    u_ND: torch.Tensor, keys_MD: torch.Tensor, first: int, temperature: float
-) -> Iterator[tuple[slice, slice, torch.Tensor, bool]]:
-    """Yield (rows, columns, E of them, whether its mirror image counts too).
-
-    The diagonal is 0. The block is the caller's to overwrite, until the next one is asked for.
-    """
-    num_rows, num_keys = len(u_ND), len(keys_MD)
-    symmetric = num_rows == num_keys
-    scale = 1 / temperature
-    minus_one = u_ND.new_full((1, 1), -scale)
-    for top in range(0, num_rows, BLOCK):
-        rows = slice(top, min(top + BLOCK, num_rows))
-        for left in range(top if symmetric else 0, num_keys, BLOCK):
-            columns = slice(left, min(left + BLOCK, num_keys))
-            e_block = torch.addmm(minus_one, u_ND[rows], keys_MD[columns].T, alpha=scale).exp_()
-            offset = rows.start + first - columns.start  # of the anchors' own keys
-            if -len(e_block) < offset < e_block.shape[1]:
-                e_block.diagonal(offset).zero_()
-            yield rows, columns, e_block, symmetric and left != top
+    assert keys.shared_MK is not None
+    z_N, z_M = sum_N, keys.shared_MK[:, 0]
+    if bounded:
+        z_N, z_M = 1 / z_N, 1 / z_M
+    if keys.own is not None:
+        gradient_ND.sub_(rows_ND.roll(len(rows_ND) // 2, 0), alpha=2)
+    buffer = torch.empty(0, dtype=rows_ND.dtype, device=rows_ND.device)
+    for tile in tiles(rows_ND, keys, symmetric=True, other_view=other_view):
+        w, a_I1, b_K = tile.s_block, z_N[tile.rows, None], z_M[tile.columns]
+        if tile.diagonal and tile.same_view:
+            w.fill_diagonal_(float("-inf"))
+        if buffer.numel() < w.numel():
+            buffer = torch.empty_like(w).flatten()
+        other = buffer[: w.numel()].view_as(w)
+        if bounded:
+            w.exp_().mul_(torch.add(a_I1, b_K, out=other))
+        else:
+            torch.sub(w, b_K, out=other)
+            w.sub_(a_I1).exp_().add_(other.exp_())
+        gradient_ND[tile.rows].addmm_(w, keys.rows_MD[tile.columns])
+        if tile.mirrored:
+            gradient_ND[tile.columns].addmm_(w.T, rows_ND[tile.rows])

@@ -23,7 +23,7 @@ def gradient_cache(
     chunks: Sequence[torch.Tensor],
     loss: Loss,
     backward: Callable[[torch.Tensor], object],
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Put the gradient of the loss over all chunks into the parameters.
 
     Both passes run under the caller's autocast and with the same random state for each chunk, so
@@ -39,7 +39,7 @@ def gradient_cache(
             ``torch.Tensor.backward`` where no engine is in the way.
 
     Returns:
-        The loss, detached, and the projections (views * B, D), view-major.
+        The loss, detached.
     """
     num_views = chunks[0].shape[0]
     states = []
@@ -57,7 +57,7 @@ def gradient_cache(
     for chunk, state, grad_VbD in zip(chunks, states, grads, strict=True):
         _restore(chunk.device, state)
         backward((project(chunk).to(grad_VbD.dtype) * grad_VbD.flatten(0, 1)).sum())
-    return value.detach(), z_VBD.detach().flatten(0, 1)
+    return value.detach()
 
 
 @contextmanager

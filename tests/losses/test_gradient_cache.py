@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from fastclr.losses import gradient_cache, nt_xent
+from fastclr.losses import gradient_cache, nt_logistic, nt_xent
 
 VIEWS, IMAGES, CHUNKS, PIXELS = 2, 12, 4, 10
 
@@ -28,16 +30,16 @@ def projector(module):
     return lambda chunk: module(chunk.flatten(0, 1))
 
 
-def cached_step(module, chunks):
-    return gradient_cache(module, projector(module), chunks, nt_xent, torch.Tensor.backward)
+def cached_step(module, chunks, loss=nt_xent):
+    return gradient_cache(module, projector(module), chunks, loss, torch.Tensor.backward)
 
 
-def direct_step(module, chunks):
+def direct_step(module, chunks, loss=nt_xent):
     """Keep the graph of every chunk: the same function, in the memory of the whole batch."""
     parts = [module(chunk.flatten(0, 1)).unflatten(0, (VIEWS, -1)) for chunk in chunks]
-    loss = nt_xent(*torch.cat(parts, 1))
-    loss.backward()
-    return loss
+    value = loss(*torch.cat(parts, 1))
+    value.backward()
+    return value
 
 
 def train(module, step, num_chunks=CHUNKS):
@@ -51,11 +53,13 @@ def train(module, step, num_chunks=CHUNKS):
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-def test_five_steps_with_dropout_equal_the_uncached_run():
+@pytest.mark.parametrize("loss", [nt_xent, nt_logistic])
+def test_five_steps_with_dropout_equal_the_uncached_run(loss):
     module = network(nn.Dropout(0.4))
-    cached, direct = train(copy.deepcopy(module), cached_step), train(module, direct_step)
+    steps = [functools.partial(step, loss=loss) for step in (cached_step, direct_step)]
+    cached, direct = (train(copy.deepcopy(module), step) for step in steps)
     torch.testing.assert_close(cached, direct, rtol=0, atol=1e-12)
-    others = train(network(nn.Dropout(0.4)), direct_step, num_chunks=1)
+    others = train(network(nn.Dropout(0.4)), steps[1], num_chunks=1)
     assert (cached - others).abs().max() > 1e-3, "dropout did nothing"
 
 
@@ -98,13 +102,37 @@ def test_running_statistics_track_again_after_an_error():
     assert module[1].track_running_stats
 
 
-def test_loss_and_projections_are_returned_view_major():
+def test_both_passes_run_under_the_callers_autocast():
+    dtypes = []
     module = network()
-    loss, z_ND = cached_step(module, views(0).chunk(CHUNKS, dim=1))
-    expected = module(views(0).flatten(0, 1)).detach()
-    torch.testing.assert_close(z_ND, expected)
-    torch.testing.assert_close(loss, nt_xent(*expected.chunk(2)))
-    assert not loss.requires_grad and not z_ND.requires_grad
+    module.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    chunks = views(0).chunk(CHUNKS, dim=1)
+    results = []
+    for step in (cached_step, direct_step):
+        single = copy.deepcopy(module).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            step(single, [chunk.float() for chunk in chunks])
+        results.append(torch.cat([p.grad.flatten() for p in single.parameters()]))
+    assert dtypes == [torch.bfloat16] * 3 * CHUNKS
+    cached, direct = results  # to the rounding of bfloat16
+    assert (cached - direct).norm() <= 1e-2 * direct.norm()
+
+
+def test_statistics_are_those_of_the_whole_batch():
+    module, found, expected = network(), {}, {}
+    chunks = views(0).chunk(CHUNKS, dim=1)
+    cached_step(module, chunks, functools.partial(nt_xent, statistics=found))
+    direct_step(module, chunks, functools.partial(nt_xent, statistics=expected))
+    assert found == expected
+    assert 0 < found["contrastive_entropy"] < math.log(IMAGES)
+
+
+def test_the_loss_is_that_of_the_whole_batch_without_a_graph():
+    module = network()
+    loss = cached_step(module, views(0).chunk(CHUNKS, dim=1))
+    expected = nt_xent(*module(views(0).flatten(0, 1)).chunk(2))
+    torch.testing.assert_close(loss, expected.detach())
+    assert not loss.requires_grad
 
 
 class Held:

@@ -1,0 +1,149 @@
+"""BatchNorm over the rows of all ranks, on devices where torch's SyncBatchNorm cannot be.
+
+SimCLR needs global statistics: those of one rank tell which rows belong together, and the model
+learns that leak instead of the images (Chen et al. 2020, section 2.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastclr import collectives
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalise each channel by the statistics of all ranks' rows, with their exact gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight_C: torch.Tensor | None,
+        bias_C: torch.Tensor | None,
+        eps: float,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dims = [d for d in range(x.ndim) if d != 1]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # Moments about each rank's own mean, combined as in Chan et al. 1979: plain sums of squares
+        # would cancel. C numbers a rank: they travel in float64.
+        var_C, mean_C = (m.double() for m in torch.var_mean(wide, dims, correction=0))
+        count_C = torch.full_like(mean_C, x.numel() // x.shape[1])
+        mine = torch.stack([count_C, mean_C, var_C * count_C])
+        shares = [torch.empty_like(mine) for _ in range(collectives.num_ranks(group))]
+        dist.all_gather(shares, mine, group=group)
+        count_RC, mean_RC, squares_RC = torch.stack(shares, 1)
+        total_C = count_RC.sum(0)
+        mean_C = (count_RC * mean_RC).sum(0) / total_C
+        squares_C = (squares_RC + count_RC * (mean_RC - mean_C).square()).sum(0)
+        mean_C, var_C = mean_C.to(wide.dtype), (squares_C / total_C).to(wide.dtype)
+        unbiased_C = (squares_C / (total_C - 1)).to(wide.dtype)
+        ctx.save_for_backward(x, weight_C, mean_C, (var_C + eps).rsqrt(), total_C)
+        ctx.group, ctx.bias_dtype = group, None if bias_C is None else bias_C.dtype
+        ctx.mark_non_differentiable(mean_C, unbiased_C)
+        return F.batch_norm(x, mean_C, var_C, weight_C, bias_C, eps=eps), mean_C, unbiased_C
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        x, weight_C, mean_C, scale_C, total_C = ctx.saved_tensors
+        dims = [d for d in range(x.ndim) if d != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        wide = grad.to(mean_C.dtype)
+        normal = (x.to(mean_C.dtype) - mean_C.view(shape)) * scale_C.view(shape)
+        sums_2C = torch.stack([wide.sum(dims), (wide * normal).sum(dims)])
+        # Of this rank's rows only: the engine averages parameters' gradients over ranks.
+        grad_bias_C, grad_weight_C = sums_2C.clone()
+        dist.all_reduce(sums_2C, group=ctx.group)
+        offset_C, slope_C = sums_2C / total_C.to(sums_2C.dtype)
+        factor_C = scale_C if weight_C is None else scale_C * weight_C
+        grad_x = wide - offset_C.view(shape) - normal * slope_C.view(shape)
+        grad_x = (grad_x * factor_C.view(shape)).to(x.dtype)
+        return (
+            grad_x,
+            None if weight_C is None else grad_weight_C.to(weight_C.dtype),
+            None if ctx.bias_dtype is None else grad_bias_C.to(ctx.bias_dtype),
+            None,
+            None,
+        )
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """BatchNorm of any number of dimensions with the statistics of all ranks; on any device.
+
+    While training it equals torch's BatchNorm over all ranks' rows in one process: in values, in
+    gradients once averaged over ranks, and in running statistics. Every rank calls it equally
+    often; ranks may hold unequally many rows, but each at least one.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"BatchNorm was given shape {tuple(input.shape)}: give (N, C, ...).")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise; in evaluation by the running statistics, like torch's."""
+        if self.training and collectives.num_ranks(self.group) > 1:
+            self._check_input_dim(input)
+            y, *moments = _Normalize.apply(input, self.weight, self.bias, self.eps, self.group)
+            self._remember(*moments)
+        else:
+            y = super().forward(input)
+        for after in ("drop", "act"):  # of timm's BatchNormAct2d and its like
+            y = getattr(self, after)(y) if hasattr(self, after) else y
+        return y
+
+    @torch.no_grad()
+    def _remember(self, mean_C: torch.Tensor, unbiased_C: torch.Tensor) -> None:
+        """Move the running statistics."""
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), factor)
+
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def share_statistics(module: nn.Module, device: torch.device | None = None) -> nn.Module:
+    """Make every BatchNorm of a module one over all ranks.
+
+    Where :class:`GlobalBatchNorm` takes over, the class is exchanged and nothing else: parameters,
+    buffers and their names stay, and so does the activation that timm's norm layers carry (torch's
+    own conversion drops it).
+
+    Args:
+        module: Changed in place.
+        device: Where it will run. On CUDA torch's SyncBatchNorm is taken, if it does for all.
+
+    Returns:
+        The module; another object if it was a BatchNorm itself.
+
+    Raises:
+        TypeError: If a BatchNorm computes something else than torch's or timm's.
+    """
+    norms = [(n, m) for n, m in module.named_modules() if isinstance(m, _BatchNorm)]
+    if device is not None and device.type == "cuda" and all(type(m) in _PLAIN for _, m in norms):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, norm in norms:
+        known = type(norm) in (*_PLAIN, GlobalBatchNorm)
+        if not known and not (hasattr(norm, "drop") and hasattr(norm, "act")):
+            raise TypeError(
+                f"{name} is a {type(norm).__name__}: what it computes besides BatchNorm is not "
+                "known, so its statistics cannot be shared over ranks. Use torch's BatchNorm, or "
+                "train with local statistics."
+            )
+        norm.__class__ = GlobalBatchNorm
+    return module

@@ -1,0 +1,83 @@
+"""BatchNorm over ranks is torch's BatchNorm over the whole batch in one process."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastclr.batch_norm import GlobalBatchNorm, share_statistics
+
+SCRIPT = Path(__file__).with_name("batch_norm_ranks.py")
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    spec = importlib.util.spec_from_file_location("batch_norm_ranks", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def measured(request, run_ranks):
+    return request.param, run_ranks(SCRIPT, request.param)
+
+
+def deviation(found: dict, expected: dict) -> dict[str, float]:
+    """Largest difference of each tensor, relative to its largest element."""
+    pairs = {name: (torch.tensor(found[name]), torch.tensor(expected[name])) for name in expected}
+    return {name: ((a - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
+
+
+@pytest.mark.parametrize(("name", "momentum"), [("moving", 0.2), ("cumulative", None)])
+def test_over_unequal_ranks_it_is_one_process(ranks, measured, name, momentum):
+    expected = ranks.measure(ranks.network(momentum), ranks.images(), 1.0)
+    worst = deviation(measured[1][name], expected)
+    assert max(worst.values()) < 1e-11, worst
+
+
+def test_local_statistics_would_be_seen(ranks, measured):
+    num_ranks, found = measured
+    expected = ranks.measure(ranks.network(), ranks.images(), 1.0)
+    worst = deviation(found["local"], expected)
+    assert (min(worst[key] for key in ("out", "grad", "parameters")) > 1e-2) == (num_ranks > 1)
+
+
+def test_gradient_caching_updates_running_statistics_once(ranks, measured):
+    expected = ranks.cached(ranks.network(), ranks.images())
+    assert measured[1]["cached"] == pytest.approx(expected, rel=1e-11)
+
+
+def test_autocast_keeps_the_type_of_torchs(ranks, measured):
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = ranks.network().float()
+        out, norm = plain((ranks.images() / 1e3).float()), plain[0](ranks.images().bfloat16())
+    assert measured[1]["autocast"] == [str(out.dtype), str(norm.dtype)]
+
+
+def test_names_and_values_of_a_state_dict_stay():
+    before = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    state = before.state_dict()
+    share_statistics(before)
+    assert isinstance(before[1], GlobalBatchNorm)
+    assert list(before.state_dict()) == list(state)
+    share_statistics(before)  # twice does no harm
+
+
+def test_a_norm_that_does_something_else_is_refused():
+    class Whitening(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(TypeError, match=r"1 is a Whitening.*local statistics"):
+        share_statistics(nn.Sequential(nn.ReLU(), Whitening(3)))
+
+
+def test_rows_without_channels_are_refused():
+    norm = nn.BatchNorm1d(3)
+    share_statistics(norm)
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        norm(torch.zeros(3))
