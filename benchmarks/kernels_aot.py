@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shlex
 import sys
@@ -21,9 +22,9 @@ from rich.progress import track
 
 from fastclr.facts import now
 from fastclr.files import write_durably
-from fastclr.kernels import nt_xent
+from fastclr.kernels import lars, nt_xent
 
-MODULES = (nt_xent,)  # of kernels; each has configurations()
+MODULES = (nt_xent, lars)  # of kernels; each has configurations()
 HEADER = (
     *("kernel", "columns", "tile", "warps", "stages", "chip", "registers", "stack, B"),
     *("shared, KiB", "tensor core", "exp per element", "async copies", "verdict"),
@@ -43,11 +44,12 @@ def examine(job: tuple[str, int]) -> dict[str, Any]:
     configuration = next(c for c in configurations() if c.name == name)
     program = aot.read(aot.build(configuration, chip))
     sizes, hot = configuration.constexprs, program.hot
-    threads = 32 * configuration.num_warps
+    tile = [sizes[k] for k in ("ROWS", "KEYS", "CHUNK", "AT_ONCE") if k in sizes]
+    exps = hot.get("MUFU.EX2", 0) * 32 * configuration.num_warps / math.prod(tile)
     row = {
         "kernel": name,
-        "columns": sizes["D"],
-        "tile": [sizes["ROWS"], sizes["KEYS"]],
+        "columns": sizes.get("D"),  # of matrices; LARS has none
+        "tile": tile,
         "warps": configuration.num_warps,
         "stages": configuration.num_stages,
         "chip": chip,
@@ -55,7 +57,7 @@ def examine(job: tuple[str, int]) -> dict[str, Any]:
         "stack": program.stack,
         "shared": program.shared,
         "tensor_core": {op: count for op, count in hot.items() if "MMA" in op},
-        "exps": hot.get("MUFU.EX2", 0) * threads / (sizes["ROWS"] * sizes["KEYS"]),
+        "exps": exps,
         "async_copies": hot.get("LDGSTS", 0),
         "narrow_bases": program.narrow_bases,
     }
@@ -70,10 +72,12 @@ def faults(row: dict[str, Any]) -> list[str]:
         f"shared memory over {aot.SHARED_LIMIT[chip] // 1024} KiB": (
             row["shared"] <= aot.SHARED_LIMIT[chip]
         ),
-        f"not {aot.TENSOR_CORE[chip]}": [*row["tensor_core"]] == [aot.TENSOR_CORE[chip]],
-        "no async copies": row["async_copies"] > 0,
         "32-bit bases": row["narrow_bases"] == 0,
     }
+    if row["columns"]:
+        on_tensor_cores = [*row["tensor_core"]] == [aot.TENSOR_CORE[chip]]
+        checks[f"not {aot.TENSOR_CORE[chip]}"] = on_tensor_cores
+        checks["no async copies"] = row["async_copies"] > 0
     return [fault for fault, passed in checks.items() if not passed]
 
 
@@ -100,7 +104,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [
             row["kernel"],
-            row["columns"],
+            row["columns"] or "",
             "x".join(map(str, row["tile"])),
             row["warps"],
             row["stages"],

@@ -20,17 +20,27 @@ from torch import nn
 
 from fastclr.config import ConfigError
 from fastclr.files import sha256_of, write_json
+from fastclr.optim import LARS
 
 FACTS = "fastclr.json"
+LAYERS = "lars.safetensors"
 WEIGHTS = "model.safetensors"
 LATEST = "latest"
 
 
-def save(engine: DeepSpeedEngine, folder: Path, facts: dict[str, Any], keep: int) -> Path:
+def save(
+    engine: DeepSpeedEngine,
+    folder: Path,
+    facts: dict[str, Any],
+    keep: int,
+    lars: LARS | None = None,
+) -> Path:
     """Write a checkpoint; every rank calls this.
 
     Args:
         engine: Engine whose module, optimizer and schedule are saved.
+        lars: The engine's optimizer, if it is LARS: its layers are saved whole too, so that other
+            ranks, another ZeRO stage or another precision can go on from them.
         folder: The run's folder of checkpoints, shared by all ranks.
         facts: What fastclr needs to go on; has ``step``. Equal on every rank.
         keep: Checkpoints kept; older ones are deleted after the new one stands.
@@ -47,11 +57,14 @@ def save(engine: DeepSpeedEngine, folder: Path, facts: dict[str, Any], keep: int
     dist.barrier()
     engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
     _save_weights(engine, partial / WEIGHTS)
+    layers = lars.layer_state() if lars else {}
+    if is_main and layers:
+        save_file(layers, partial / LAYERS)
     dist.barrier()  # every rank has written
     if is_main:
         files = [p for p in sorted(partial.rglob("*")) if p.is_file()]
         hashes = {p.relative_to(partial).as_posix(): sha256_of(p) for p in files}
-        write_json(partial / FACTS, {**facts, "sha256": hashes})
+        write_json(partial / FACTS, {**facts, "layout": _layout(engine), "sha256": hashes})
         shutil.rmtree(final, ignore_errors=True)  # left by a run that stopped before `latest`
         partial.replace(final)
         write_json(folder / LATEST, name)
@@ -97,21 +110,55 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
 
 
-def load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
-    """Load a verified checkpoint into the engine; every rank calls this. Returns its facts."""
-    tag, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if tag is None:
-        raise ConfigError(
-            f"DeepSpeed found nothing to load in {checkpoint}: it was saved by another "
-            "configuration. Use the one it was saved with, or a new --run-dir."
-        )
-    return read_facts(checkpoint)
+def load(engine: DeepSpeedEngine, checkpoint: Path, lars: LARS | None = None) -> dict[str, Any]:
+    """Load a verified checkpoint into the engine; every rank calls this. Returns its facts.
+
+    Args:
+        engine: To be loaded into.
+        checkpoint: Folder of the checkpoint.
+        lars: The engine's optimizer, if it is LARS. Then the number of ranks, the ZeRO stage and
+            the precision may differ from those it was saved under.
+
+    Raises:
+        ConfigError: If the engine is laid out otherwise and no whole layers were saved.
+    """
+    facts, layout = read_facts(checkpoint), _layout(engine)
+    if facts.get("layout", layout) == layout:  # bit for bit
+        tag, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if tag is not None:
+            return facts
+    elif lars and (checkpoint / LAYERS).is_file():
+        _load_weights(engine, checkpoint / WEIGHTS)
+        lars.load_layer_state(load_file(checkpoint / LAYERS))
+        return facts
+    raise ConfigError(
+        f"{checkpoint} was saved under {facts.get('layout')}, this run has {layout}: DeepSpeed "
+        "cannot lay its optimizer's state out anew. Use the same, or LARS, or a new --run-dir."
+    )
+
+
+def _layout(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """Return what the pieces of the optimizer's state depend on."""
+    return {
+        "num_ranks": dist.get_world_size(),
+        "stage": engine.zero_optimization_stage(),
+        "optimizer": type(engine.optimizer).__name__,
+    }
 
 
 def load_weights(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Return the weights whose name begins with ``prefix``, which is cut off."""
     weights = load_file(checkpoint / WEIGHTS)
     return {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
+
+
+def _load_weights(engine: DeepSpeedEngine, file: Path) -> None:
+    """Load the module's whole state on every rank; shards it under ZeRO stage 3."""
+    sharded = engine.zero_optimization_partition_weights()
+    module, state = cast(nn.Module, engine.module), load_file(file)
+    parameters = list(module.parameters()) if sharded else []
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=sharded):
+        module.load_state_dict(state)
 
 
 def _save_weights(engine: DeepSpeedEngine, file: Path) -> None:

@@ -180,13 +180,18 @@ class OptimizerConfig:
     """The optimizer and its rate; ``None`` leaves a value to the DeepSpeed JSON or the default.
 
     Attributes:
-        name: ``LARS``, or a type of the DeepSpeed JSON: ``SGD``, ``Adam``, ``AdamW``.
+        name: ``LARS``, or a type of the DeepSpeed JSON: ``SGD``, ``Adam``, ``AdamW``,
+            ``Lamb``.
         learning_rate: Peak rate as it is; excludes ``base_learning_rate``.
         base_learning_rate: Peak rate for 256 images, scaled by the global batch.
         scaling: ``linear``: base * batch / 256; ``sqrt``: base * sqrt(batch / 256).
         weight_decay: L2 decay; never on BatchNorm and biases. 1e-6 in the paper.
         momentum: Momentum of LARS and SGD.
         trust_coefficient: LARS's eta.
+        denominator: LARS's, ``decayed_gradient`` or ``sum_of_norms``.
+        rate_inside_momentum: Whether LARS's buffer holds steps or gradients.
+        clip: Whether LARS's rate is a ceiling, as in apex's LARC.
+        nesterov: Whether LARS looks ahead.
         warmup_epochs: Epochs over which the rate rises linearly from 0.
         schedule: ``cosine`` to 0 or ``constant`` after the warm-up; ``none`` where the DeepSpeed
             JSON has a ``scheduler`` that owns the rate.
@@ -199,6 +204,10 @@ class OptimizerConfig:
     weight_decay: float | None = None
     momentum: float | None = None
     trust_coefficient: float | None = None
+    denominator: Literal["decayed_gradient", "sum_of_norms"] | None = None
+    rate_inside_momentum: bool | None = None
+    clip: bool | None = None
+    nesterov: bool | None = None
     warmup_epochs: float = 10.0
     schedule: Literal["cosine", "constant", "none"] = "cosine"
 

@@ -19,9 +19,18 @@ from fastclr.world import World
 JSON = dict[str, Any]
 
 DEFAULT_OPTIMIZER = OptimizerConfig(
-    name="LARS", weight_decay=1e-6, momentum=0.9, trust_coefficient=1e-3
+    name="LARS",
+    weight_decay=1e-6,
+    momentum=0.9,
+    trust_coefficient=1e-3,
+    denominator="decayed_gradient",
+    rate_inside_momentum=True,
+    clip=False,
+    nesterov=False,
 )
-OPTIMIZERS = ("LARS", "SGD", "Adam", "AdamW")
+OPTIMIZERS = ("LARS", "SGD", "Adam", "AdamW", "Lamb")
+NUMBERS = ("learning_rate", "weight_decay", "momentum", "trust_coefficient")
+FORMS = ("denominator", "rate_inside_momentum", "clip", "nesterov")  # of LARS
 
 
 def read(path: str | Path) -> JSON:
@@ -167,17 +176,23 @@ def _merge_optimizer(
     params: JSON = block.get("params", {})
     theirs = {
         "name": block.get("type"),
-        "learning_rate": params.get("lr"),
-        "weight_decay": params.get("weight_decay"),
-        "momentum": params.get("momentum"),
-        "trust_coefficient": params.get("trust_coefficient"),
+        **{key: params.get("lr" if key == "learning_rate" else key) for key in NUMBERS},
     }
-    for key, value in theirs.items():
-        if key != "name" and value is not None and not (_is_number(value) and value >= 0):
+    for key in NUMBERS:
+        value = theirs[key]
+        if value is not None and not (_is_number(value) and value >= 0):
             problems.append(
                 f"optimizer {key} is {value!r} in the DeepSpeed JSON: give a number >= 0."
             )
             theirs[key] = None
+    if (theirs["name"] or config.name or "LARS") == "LARS":
+        theirs |= {key: params.get(key) for key in FORMS}
+        problems += _form_problems(params)
+    elif given := [key for key in FORMS if getattr(config, key) is not None]:
+        problems.append(
+            f"optimizer.{given[0]} is {getattr(config, given[0])!r}: LARS alone has it. Leave it "
+            "out."
+        )
     merged = {
         key: _one_owner(
             f"optimizer.{key}", getattr(config, key), f"optimizer {key}", value, problems
@@ -208,27 +223,43 @@ def _merge_optimizer(
     return replace(config, **merged, base_learning_rate=None)
 
 
+def _form_problems(params: JSON) -> list[str]:
+    """Say which of the JSON's parameters LARS would not understand."""
+    known = ("lr", *NUMBERS[1:], *FORMS)
+    problems = [
+        f"optimizer {key} in the DeepSpeed JSON is unknown to LARS: choose from {', '.join(known)}."
+        for key in sorted(params.keys() - set(known))
+    ]
+    for key in FORMS:
+        values = ("decayed_gradient", "sum_of_norms") if key == "denominator" else (True, False)
+        if params.get(key) is not None and params[key] not in values:
+            problems.append(
+                f"optimizer {key} is {params[key]!r} in the DeepSpeed JSON: give "
+                f"{' or '.join(map(json.dumps, values))}."
+            )
+    return problems
+
+
 def engine_problems(ds: JSON, optimizer_name: str | None) -> list[str]:
     """Say what the engine would do wrongly without a word, one sentence a problem."""
     problems: list[str] = []
     if optimizer_name is None:
         problems.append("there is no optimizer: pass one, or describe it in the DeepSpeed JSON.")
     stage = ds.get("zero_optimization", {}).get("stage", 0)
-    half = [key for key in ("fp16", "bf16", "bfloat16") if ds.get(key, {}).get("enabled")]
-    if optimizer_name == "LARS" and half and (stage == 0 or "fp16" in half):
+    if ds.get("fp16", {}).get("enabled") and stage == 0:
         problems.append(
-            f"LARS with {half[0]} at ZeRO stage {stage} is refused: there DeepSpeed takes a step "
-            "without gradients when it starts, or scales the loss, and neither has been made exact "
-            "yet. Use bf16 at stage 1, 2 or 3, fp32, torch_autocast, or SGD or AdamW."
+            "fp16 at ZeRO stage 0 is refused: DeepSpeed 0.19.8 divides the gradients by a loss "
+            "scale that it has not multiplied the loss by, so every optimizer steps wrongly. Use "
+            "stage 1, 2 or 3, or bf16."
         )
     return problems
 
 
 def _engine_optimizer(optimizer: OptimizerConfig, block: JSON) -> JSON:
-    """Describe SGD, Adam or AdamW to DeepSpeed."""
+    """Describe SGD, Adam, AdamW or Lamb to DeepSpeed."""
     params: JSON = {"lr": optimizer.learning_rate, "weight_decay": optimizer.weight_decay}
     if optimizer.name == "SGD":
         params["momentum"] = optimizer.momentum
-    else:
+    elif optimizer.name != "Lamb":
         params["torch_adam"] = True  # DeepSpeed's own are compiled at the first start
     return {"type": optimizer.name, "params": {**block.get("params", {}), **params}}

@@ -110,14 +110,13 @@ def _trainer(config: Config, ds: ds_config.JSON, world: World) -> Trainer:
     """Build model, loss, optimizer and trainer."""
     model = SimCLR.from_config(config)
     settings: dict[str, Any] = asdict(config.optimizer)  # ds_config.resolve filled them in
-    names = ("learning_rate", "weight_decay", "momentum", "trust_coefficient")
-    lars = LARS.for_module(model, **{name: settings[name] for name in names})
+    of_lars = {name: settings[name] for name in (*ds_config.NUMBERS, *ds_config.FORMS)}
     return Trainer(
         model,
         loss=losses.from_config(config.loss),
         ds_config=ds,
         run_dir=config.run_dir,
-        optimizer=lars if config.optimizer.name == "LARS" else None,
+        optimizer=LARS.for_module(model, **of_lars) if config.optimizer.name == "LARS" else None,
         warmup_epochs=config.optimizer.warmup_epochs,
         schedule=config.optimizer.schedule,
         batch_norm=config.batch_norm,

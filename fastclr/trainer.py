@@ -277,6 +277,8 @@ class Trainer:
                 f"{self.world.num_ranks} ranks, the DeepSpeed JSON's train_batch_size is {total}: "
                 "they must be equal, and at least 2."
             )
+        if (ours or ds.get("optimizer", {}).get("type")) == "Lamb" and self.device.type == "cpu":
+            problems.append("Lamb runs on CUDA only: DeepSpeed has no kernel of it for the CPU.")
         half = [k for k in ("bf16", "bfloat16", "fp16") if ds.get(k, {}).get("enabled")]
         if half and self._has_batch_norm():
             problems.append(
@@ -292,6 +294,7 @@ class Trainer:
         ds = {k: v for k, v in self.ds_config.items() if k not in MONITORS}
         ds.setdefault("train_batch_size", loader.micro_batch_size * self.world.num_ranks)
         ds.setdefault("zero_allow_untested_optimizer", True)
+        ds.setdefault("zero_force_ds_cpu_optimizer", False)  # offload for LARS too
         ds.setdefault("steps_per_print", 10**9)
         _init_distributed(self.world, self.device)
         self._share_batch_norm()
@@ -300,8 +303,8 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, model_parameters=groups, config=ds
         )
-        if isinstance(self.optimizer, LARS):
-            self.optimizer.attach(self.engine)
+        if self._lars:
+            self._lars.attach(self.engine)
         if self.engine.optimizer is self.engine.basic_optimizer:
             # Not before initialize, whose broadcast refuses such weights, and not where DeepSpeed
             # wraps the optimizer: the weights are then views of flat buffers.
@@ -340,6 +343,10 @@ class Trainer:
         return stack.enter_context(MetricsLog(file, self.step, master.write_events))
 
     @property
+    def _lars(self) -> LARS | None:
+        return self.optimizer if isinstance(self.optimizer, LARS) else None
+
+    @property
     def _checkpoints(self) -> Path:
         return self.run_dir / "checkpoints"
 
@@ -353,14 +360,14 @@ class Trainer:
             "num_ranks": self.world.num_ranks,
             "loader": loader.state_dict(),
         }
-        checkpointing.save(self.engine, self._checkpoints, facts, self.keep_checkpoints)
+        checkpointing.save(self.engine, self._checkpoints, facts, self.keep_checkpoints, self._lars)
 
     def _resume(self, loader: BatchSource) -> None:
         """Go on from the run's last checkpoint, or start from the model as it is."""
         checkpoint = checkpointing.latest(self._checkpoints)
         if checkpoint is None:
             return
-        facts = checkpointing.load(self.engine, checkpoint)
+        facts = checkpointing.load(self.engine, checkpoint, self._lars)
         loader.load_state_dict(facts["loader"])
         self.step, self.images = facts["step"], facts["images"]
         self.total_steps = facts["total_steps"]

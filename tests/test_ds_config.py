@@ -170,6 +170,10 @@ def test_the_default_is_the_papers_LARS():
         weight_decay=1e-6,
         momentum=0.9,
         trust_coefficient=1e-3,
+        denominator="decayed_gradient",
+        rate_inside_momentum=True,
+        clip=False,
+        nesterov=False,
     )
     assert "optimizer" not in filled  # it reaches the engine as an object
 
@@ -215,6 +219,10 @@ FIELDS = [
     ("weight_decay", 0.1, "weight_decay", 0.0),
     ("momentum", 0.9, "momentum", 0.5),
     ("trust_coefficient", 0.1, "trust_coefficient", 0.2),
+    ("denominator", "decayed_gradient", "denominator", "sum_of_norms"),
+    ("rate_inside_momentum", True, "rate_inside_momentum", False),
+    ("clip", True, "clip", False),
+    ("nesterov", True, "nesterov", False),
 ]
 
 
@@ -230,6 +238,24 @@ def test_an_optimizer_value_has_one_owner(key, ours, ds_key, theirs):
     equal = resolve(config(8, **{key: ours}), block(ours), ONE)[0].optimizer
     alone = resolve(config(8), block(theirs), ONE)[0].optimizer
     assert (getattr(equal, key), getattr(alone, key)) == (ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("params", "part"),
+    [
+        ({"trust_coef": 0.1}, "optimizer trust_coef in the DeepSpeed JSON is unknown to LARS"),
+        ({"denominator": "norm"}, "optimizer denominator is 'norm'"),
+        ({"clip": "yes"}, "give true or false"),
+    ],
+)
+def test_parameters_that_LARS_does_not_have_are_refused(params, part):
+    (problem,) = refused(config(8), optimizer_block("LARS", **params))
+    assert part in problem
+
+
+def test_forms_of_LARS_are_refused_for_others():
+    (problem,) = refused(config(8, name="SGD", clip=True), {})
+    assert "optimizer.clip is True: LARS alone has it" in problem
 
 
 def test_a_base_rate_beside_a_rate_is_refused():
@@ -279,27 +305,18 @@ def test_the_block_of_Adam(name):
     }
 
 
-NOT_EXACT = [
-    ({"bf16": {"enabled": True}}, "bf16 at ZeRO stage 0"),
-    ({"bfloat16": {"enabled": True}}, "bfloat16 at ZeRO stage 0"),  # the old name, still read
-    ({"fp16": {"enabled": True}}, "fp16 at ZeRO stage 0"),
-    ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "fp16 at ZeRO stage 2"),
-]
-
-
-@pytest.mark.parametrize(("ds", "name"), NOT_EXACT)
-def test_LARS_is_refused_where_it_is_not_exact(ds, name):
-    (problem,) = refused(config(8, name="LARS"), ds)
-    assert f"LARS with {name} is refused" in problem
-    for other in ("SGD", "AdamW"):
-        assert resolve(config(8, name=other), ds, ONE)[1]["optimizer"]["type"] == other
+def test_fp16_without_ZeRO_is_refused():
+    for name in ("LARS", "SGD", "AdamW"):
+        (problem,) = refused(config(8, name=name), {"fp16": {"enabled": True}})
+        assert "fp16 at ZeRO stage 0" in problem and "stage 1, 2 or 3" in problem
 
 
 @pytest.mark.parametrize(
     "ds",
     [
         *({"zero_optimization": {"stage": stage}} for stage in range(4)),
-        *({"zero_optimization": {"stage": s}, "bf16": {"enabled": True}} for s in (1, 2, 3)),
+        *({"zero_optimization": {"stage": s}, "bf16": {"enabled": True}} for s in range(4)),
+        *({"zero_optimization": {"stage": s}, "fp16": {"enabled": True}} for s in (1, 2, 3)),
         {"bf16": {"enabled": False}, "fp16": {"enabled": False}},
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
     ],

@@ -25,6 +25,12 @@ MAKE = "make -o .venv/.installed"
 SHORTENED = {
     "make demo": f"{MAKE} demo FLAGS='--epochs 4'",
     "make test": f"{MAKE} test FLAGS='-q {ROOT}/tests/test_world.py'",
+    "python benchmarks/nt_xent.py": "python benchmarks/nt_xent.py --sizes 64 --dims 16 "
+    "--large-sizes 128 --repeats 3 --out results",
+    "python benchmarks/lars.py": "python benchmarks/lars.py --models 1000-tensors --rounds 3 "
+    "--out lars.md",
+    "python benchmarks/kernels_aot.py": "python benchmarks/kernels_aot.py --match 'D=16$' --chips "
+    "80 --out aot.md",
     "make cifar10 MINUTES=24": f"{MAKE} cifar10 MINUTES=0.1 FLAGS='--global-batch-size 16'",
 }
 REPLACED = {"--minutes 10": "--minutes 0.1 --global-batch-size 16"}
@@ -41,7 +47,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
 def sandbox(tmp_path_factory):
     """A checkout of links, with a user's images and stand-ins for CIFAR-10's shards."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("Makefile", "pyproject.toml", "fastclr", "pipelines", "tools"):
+    for name in ("Makefile", "pyproject.toml", "benchmarks", "fastclr", "pipelines", "tools"):
         (folder / name).symlink_to(ROOT / name)
     write_photo_tiles(folder / "path/to/images", train_per_photo=20, test_per_photo=5)
     (folder / "data/images/cifar10").mkdir(parents=True)

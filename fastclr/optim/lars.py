@@ -1,19 +1,25 @@
-"""LARS in the form of the SimCLR authors."""
-
-# torch exports its foreach functions under private names only.
-# pyright: reportPrivateImportUsage=false
+"""LARS, exact under every ZeRO stage; by default in the form of the SimCLR authors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+import importlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import ModuleType
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastclr.optim import segments
+from fastclr.kernels import KernelUnavailable, lars_torch
+from fastclr.optim import apex, layer_state, segments
 from fastclr.optim.segments import SegmentTable
+
+logger = logging.getLogger(__name__)
+
+Denominator = Literal["decayed_gradient", "sum_of_norms"]
+Impl = Literal["auto", "torch", "triton", "apex"]
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -58,23 +64,40 @@ class LARS(torch.optim.Optimizer):
         v <- momentum * v + lr * ratio * g
         w <- w - v
 
-    The decayed gradient enters the norm and the rate is inside the buffer; You et al. 2017, apex's
-    LARC and lightly do neither, so their hyper-parameters do not carry over.
+    The decayed gradient enters the norm and the rate is inside the buffer. Others do neither, and
+    hyper-parameters do not carry over between the forms:
+
+    - You et al. 2017, lightly, torch-optimizer: ``denominator="sum_of_norms"``,
+      ``rate_inside_momentum=False``. The two libraries add 1e-8 to the denominator, and leave a
+      layer whose gradient is exactly 0 undecayed too; here it decays with ratio 1.
+    - apex's LARC: the same with ``clip=True``, which makes ``lr`` a ceiling of the layer's rate.
+
+    A gradient that is not finite makes its whole layer NaN, so that it cannot go unnoticed; an
+    engine with loss scaling skips the step before it comes here.
 
     Under ZeRO the optimizer is given flat buffers that cut layers across ranks: call
     :meth:`attach` once after ``deepspeed.initialize``. The norms are then summed over ranks, in one
     all-reduce of two numbers a layer, and the ratios are those of whole layers.
 
     Args:
-        params: Parameters or groups; a group may set ``adapt``.
+        params: Parameters or groups; a group may set anything below but ``impl``.
         lr: Learning rate, >= 0.
         momentum: 0 <= momentum < 1.
         weight_decay: L2 decay, >= 0.
         trust_coefficient: eta, > 0.
         adapt: Whether the ratio applies.
+        denominator: ``decayed_gradient``, |g + weight_decay * w|; or ``sum_of_norms``,
+            |g| + weight_decay * |w|.
+        rate_inside_momentum: Whether the buffer holds steps (v above), or gradients
+            (v <- momentum * v + ratio * g; w <- w - lr * v, as in torch.optim.SGD).
+        clip: Whether the ratio is min(ratio / lr, 1).
+        nesterov: Whether the step looks ahead, as in torch.optim.SGD.
+        impl: ``torch``; ``triton`` or ``apex`` (its norms, see ``fastclr/optim/apex.py``) on CUDA;
+            ``auto`` for Triton on CUDA and torch elsewhere. None of them waits for the device.
 
     Raises:
         ValueError: If a value is out of range.
+        KernelUnavailable: If ``impl`` names what is not installed.
     """
 
     def __init__(
@@ -85,6 +108,12 @@ class LARS(torch.optim.Optimizer):
         weight_decay: float = 1e-6,
         trust_coefficient: float = 1e-3,
         adapt: bool = True,
+        *,
+        denominator: Denominator = "decayed_gradient",
+        rate_inside_momentum: bool = True,
+        clip: bool = False,
+        nesterov: bool = False,
+        impl: Impl = "auto",
     ) -> None:
         if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0 or trust_coefficient <= 0:
             raise ValueError(
@@ -92,33 +121,45 @@ class LARS(torch.optim.Optimizer):
                 f"trust_coefficient {trust_coefficient}: give lr >= 0, 0 <= momentum < 1, "
                 "weight_decay >= 0, trust_coefficient > 0."
             )
+        for name, value, known in (
+            ("denominator", denominator, get_args(Denominator)),
+            ("impl", impl, get_args(Impl)),
+        ):
+            if value not in known:
+                raise ValueError(f"LARS got {name} {value!r}: give one of {', '.join(known)}.")
+        self._impl: Impl = impl
+        if impl == "triton":
+            _triton()
+        elif impl == "apex":
+            apex.load()
+        self._layers: dict[int, torch.Tensor] = {}
+        self._table: SegmentTable | None = None
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
             "adapt": adapt,
+            "denominator": denominator,
+            "rate_inside_momentum": rate_inside_momentum,
+            "clip": clip,
+            "nesterov": nesterov,
         }
-        self._layers: dict[int, torch.Tensor] = {}
-        self._table: SegmentTable | None = None
         super().__init__(params, defaults)
 
     @classmethod
     def for_module(
-        cls,
-        module: nn.Module,
-        learning_rate: float,
-        weight_decay: float = 1e-6,
-        momentum: float = 0.9,
-        trust_coefficient: float = 1e-3,
+        cls, module: nn.Module, learning_rate: float, weight_decay: float = 1e-6, **options: Any
     ) -> LARS:
-        """Make LARS for a model, biases and normalisation layers excluded from decay and ratio."""
-        return cls(
-            parameter_groups(module, weight_decay),
-            lr=learning_rate,
-            momentum=momentum,
-            trust_coefficient=trust_coefficient,
-        )
+        """Make LARS for a model, biases and normalisation layers excluded from decay and ratio.
+
+        Args:
+            module: Model.
+            learning_rate: The class's ``lr``.
+            weight_decay: Of the weights.
+            options: Further arguments of the class.
+        """
+        return cls(parameter_groups(module, weight_decay), lr=learning_rate, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, and remember its tensors as whole layers."""
@@ -126,9 +167,15 @@ class LARS(torch.optim.Optimizer):
         for parameter in self.param_groups[-1]["params"]:
             self._layers[id(parameter)] = parameter
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_impl": self._impl}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy; ``load_state_dict`` passes here too and changes no layer."""
         super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)  # of a state saved before there were forms
         if "_layers" not in self.__dict__:
             self._layers = {id(p): p for group in self.param_groups for p in group["params"]}
             self._table = None
@@ -141,84 +188,180 @@ class LARS(torch.optim.Optimizer):
         """
         self._table = segments.read(engine)
 
+    def layer_state(self) -> dict[str, torch.Tensor]:
+        """Collect weights and momenta by layer on rank 0; every rank calls this, once attached.
+
+        Together with the learning rates and the model's other buffers, all that the next steps
+        depend on, whatever stage and number of ranks goes on from it.
+        """
+        return layer_state.gather(self._attached(), self.state)
+
+    def load_layer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over what :meth:`layer_state` returned; every rank calls this, with all of it.
+
+        Raises:
+            ConfigError: If it was saved from another model.
+        """
+        layer_state.scatter(self._attached(), self.state, tensors)
+
+    def _attached(self) -> SegmentTable:
+        if self._table is None:
+            raise RuntimeError(
+                "LARS does not know which layers it holds: call optimizer.attach(engine) after "
+                "deepspeed.initialize."
+            )
+        return self._table
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take one step; returns the closure's loss, if one is given.
 
         Raises:
             RuntimeError: If a tensor is neither one that LARS was made for nor a known buffer.
+            KernelUnavailable: If ``impl`` cannot work where the tensors lie.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._update(group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters and not self._is_initialisation(parameters):
+                kinds: dict[Any, list[torch.Tensor]] = {}
+                for p in parameters:
+                    kinds.setdefault((p.device, p.dtype), []).append(p)
+                for alike in kinds.values():
+                    self._update(group, alike)
         return loss
 
-    def _update(self, group: dict[str, Any]) -> None:
-        """Apply the rule of the class docstring to one group."""
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
+    def _is_initialisation(self, parameters: list[torch.Tensor]) -> bool:
+        """Whether this is the step without gradients that DeepSpeed takes before any training.
+
+        It asks for the optimizer's state; weight decay would move the weights.
+        """
+        known = self._layers.keys() | (self._table.buffers.keys() if self._table else ())
+        foreign = [p for p in parameters if id(p) not in known]
+        if foreign and any(_gradient(p).any() for p in foreign):
+            raise RuntimeError(
+                f"LARS was handed a tensor of {foreign[0].numel()} elements that it does not know: "
+                "its ratios would not be those of layers. Call optimizer.attach(engine) after "
+                "deepspeed.initialize."
+            )
+        return bool(foreign)
+
+    def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        """Apply the rule of the class docstring to tensors of one group, device and dtype."""
         # A rank that holds none of the group's layers has no pieces, and joins the all-reduce.
         pieces = [piece for p in parameters for piece in self._cut(p)]
         w, g, v = map(list, zip(*pieces, strict=True)) if pieces else ([], [], [])
-        if group["weight_decay"]:
-            g = list(torch._foreach_add(g, w, alpha=group["weight_decay"])) if g else g
+        kernels = self._kernels(parameters[0])
+        inside, rate = (group["lr"], 1.0) if group["rate_inside_momentum"] else (1.0, group["lr"])
+        scale: torch.Tensor | float = inside
         if group["adapt"]:
-            ratios = self._ratios(group["trust_coefficient"], parameters, w, g)
-            g = list(torch._foreach_mul(g, ratios)) if g else g
+            decay = group["weight_decay"] if group["denominator"] == "decayed_gradient" else 0.0
+            sumsq_S2 = kernels.sums_of_squares(w, g, decay) if pieces else torch.zeros(0, 2)
+            if self._table is not None and self._table.partitioned:
+                sumsq_S2 = _sum_over_ranks(self._table, parameters, sumsq_S2)
+            scale = inside * _ratios(sumsq_S2, group)
         if pieces:
-            torch._foreach_mul_(v, group["momentum"])
-            torch._foreach_add_(v, g, alpha=group["lr"])
-            torch._foreach_sub_(w, v)
+            names = ("weight_decay", "momentum", "nesterov")
+            kernels.update(w, g, v, scale=scale, rate=rate, **{name: group[name] for name in names})
 
     def _cut(self, parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield weight, gradient and momentum of each layer, or piece of one, in a tensor."""
+        """Yield weight, gradient and momentum of each layer, or piece of one, as flat views."""
         state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        gradient = cast(torch.Tensor, parameter.grad).to(parameter.dtype)
-        whole = (parameter, gradient, state["momentum_buffer"])
+        momentum = state.get("momentum_buffer")
+        momentum = torch.zeros_like(parameter) if momentum is None else momentum
+        state["momentum_buffer"] = momentum = _laid_out_like(parameter, momentum)
+        gradient = _laid_out_like(parameter, _gradient(parameter))
+        flat = (_flat(parameter), _flat(gradient), _flat(momentum))
         if id(parameter) in self._layers:
-            yield whole
-        elif self._table is not None and id(parameter) in self._table.buffers:
-            for segment in self._table.buffers[id(parameter)].segments:
-                yield tuple(t.narrow(0, segment.start, segment.numel) for t in whole)
-        else:
-            raise RuntimeError(
-                f"LARS was handed a flat buffer of {parameter.numel()} elements that it does not "
-                "know: its ratios would not be those of layers. Call optimizer.attach(engine) "
-                "after deepspeed.initialize."
-            )
+            yield flat
+            return
+        for segment in self._attached().buffers[id(parameter)].segments:
+            yield tuple(t.narrow(0, segment.start, segment.numel) for t in flat)
 
-    def _ratios(
-        self,
-        trust_coefficient: float,
-        parameters: list[torch.Tensor],
-        w: list[torch.Tensor],
-        g: list[torch.Tensor],
-    ) -> list[torch.Tensor]:
-        """Return the trust ratio of each piece's layer."""
-        norms = (torch._foreach_norm(w), torch._foreach_norm(g)) if w else ((), ())
-        if self._table is None:
-            w_norm_S, g_norm_S = (torch.stack(list(n)) for n in norms)
-        else:
-            w_norm_S, g_norm_S = self._sum_over_ranks(parameters, norms)
-        ratio_S = trust_coefficient * w_norm_S / g_norm_S
-        ratio_S = torch.where((w_norm_S > 0) & (g_norm_S > 0), ratio_S, 1.0)
-        return list(ratio_S.unbind())
+    def _kernels(self, tensor: torch.Tensor) -> ModuleType:
+        """Return the module of ``sums_of_squares`` and ``update`` for tensors like this one."""
+        if self._impl == "apex":
+            return apex
+        if self._impl == "torch" or (self._impl == "auto" and tensor.device.type != "cuda"):
+            return lars_torch
+        try:
+            kernels = _triton()
+            if self._impl == "auto":
+                kernels.check(tensor)
+        except KernelUnavailable as error:
+            if self._impl == "triton":
+                raise
+            logger.warning("LARS goes on with impl='torch': %s", error)
+            self._impl = "torch"
+            return lars_torch
+        return kernels
 
-    def _sum_over_ranks(
-        self, flats: list[torch.Tensor], norms: tuple[Sequence[torch.Tensor], ...]
-    ) -> Sequence[torch.Tensor]:
-        """Turn the norms of pieces into the norms of their layers, in one all-reduce."""
-        table = cast(SegmentTable, self._table)
-        layer_S = torch.cat([table.buffers[id(flat)].layer_S for flat in flats])
-        sumsq_L2 = torch.zeros(table.num_layers, 2, dtype=torch.float64, device=layer_S.device)
-        if len(layer_S):
-            norm_S2 = torch.stack([torch.stack(list(n)) for n in norms], 1).double()
-            sumsq_L2.index_add_(0, layer_S, norm_S2.square())
-        dist.all_reduce(sumsq_L2, group=table.group)
-        return sumsq_L2.sqrt()[layer_S].to(flats[0].dtype).unbind(1)
+
+def _triton() -> ModuleType:
+    """Return the Triton kernels.
+
+    Raises:
+        KernelUnavailable: If there is no Triton here.
+    """
+    try:
+        return importlib.import_module("fastclr.kernels.lars")
+    except ImportError as error:
+        raise KernelUnavailable(
+            f"LARS(impl='triton') needs Triton ({error}): pip install triton, or use impl='auto'."
+        ) from error
+
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the gradient in the parameter's precision."""
+    gradient = cast(torch.Tensor, parameter.grad)
+    return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
+
+
+def _laid_out_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor with its elements in memory in the parameter's order."""
+    if tensor.stride() == parameter.stride():
+        return tensor
+    if parameter.is_contiguous() and tensor.is_contiguous():  # lengths of 1 have any stride
+        return tensor
+    return torch.empty_like(parameter).copy_(tensor)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a flat view in the order of memory, channels-last or any other."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    tensor = tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim)))
+    if not tensor.is_contiguous():
+        raise RuntimeError(
+            f"LARS was given a weight of shape {tuple(tensor.shape)}, strides {tensor.stride()}: "
+            "it is not one block of memory. Make it contiguous before the optimizer."
+        )
+    return tensor.view(-1)
+
+
+def _sum_over_ranks(
+    table: SegmentTable, flats: list[torch.Tensor], sumsq_S2: torch.Tensor
+) -> torch.Tensor:
+    """Turn sums over pieces into sums over their layers, in one all-reduce."""
+    layer_S = torch.cat([table.buffers[id(flat)].layer_S for flat in flats])
+    shape = (len(table.parameters), 2)
+    sumsq_L2 = torch.zeros(shape, dtype=torch.float64, device=layer_S.device)
+    sumsq_L2[layer_S] = sumsq_S2.to(sumsq_L2)  # a rank holds at most one piece of a layer
+    sumsq_L2 = sumsq_L2.to(table.device)  # from the CPU, where optimizers are offloaded
+    dist.all_reduce(sumsq_L2, group=table.group)
+    return sumsq_L2.to(layer_S.device)[layer_S]
+
+
+def _ratios(sumsq_S2: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """Return the trust ratio of each piece's layer, float64; NaN where the sums are."""
+    w_norm_S, g_norm_S = sumsq_S2.sqrt().unbind(1)
+    divisor_S = g_norm_S
+    if group["denominator"] == "sum_of_norms":
+        divisor_S = g_norm_S + group["weight_decay"] * w_norm_S
+    ratio_S = group["trust_coefficient"] * w_norm_S / divisor_S
+    if group["clip"]:
+        ratio_S = (ratio_S / group["lr"]).clamp(max=1)
+    return ratio_S.masked_fill((w_norm_S == 0) | (g_norm_S == 0), 1.0)

@@ -1,4 +1,4 @@
-"""Where layers lie inside the flat buffers that ZeRO gives to an optimizer.
+"""Where layers lie inside the buffers that DeepSpeed gives to an optimizer.
 
 ZeRO lays the parameters of a group end to end, cuts the result into equal partitions, one a rank,
 and hands each rank's optimizer only its own: a layer can begin on one rank and end on the next. The
@@ -25,86 +25,117 @@ class Segment(NamedTuple):
         layer: Index of the layer, the same on all ranks.
         start: Place of its first element in the buffer.
         numel: Elements.
+        offset: Place of its first element in the layer.
     """
 
     layer: int
     start: int
     numel: int
+    offset: int
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A flat fp32 buffer of this rank.
+    """A tensor that the engine hands to the optimizer as one parameter of this rank.
 
     Attributes:
-        flat_P: What the optimizer sees as one parameter.
+        tensor: Flat and cut across layers, or one whole layer; fp32.
         segments: Pieces of layers in it, in order; what lies between is padding.
         layer_S: int64 on the buffer's device; the layer of each segment.
     """
 
-    flat_P: torch.Tensor
+    tensor: torch.Tensor
     segments: list[Segment]
     layer_S: torch.Tensor
 
 
 @dataclass(frozen=True)
 class SegmentTable:
-    """All flat buffers of this rank.
+    """All buffers of this rank.
 
     Attributes:
-        buffers: By ``id`` of the flat tensor, which the table keeps alive.
-        num_layers: Layers over all buffers and ranks.
-        group: Ranks that the buffers are partitioned over.
+        buffers: By ``id`` of the tensor, which the table keeps alive.
+        parameters: The model's parameter of each layer, over all buffers and ranks.
+        names: The model's name of each layer.
+        partitioned: Whether each rank holds a part; else each holds all.
+        group: Ranks that share the layers.
+        device: Where collectives of the group work.
     """
 
     buffers: dict[int, Buffer]
-    num_layers: int
+    parameters: list[torch.nn.Parameter]
+    names: list[str]
+    partitioned: bool
     group: dist.ProcessGroup | None
+    device: torch.device
 
 
-def read(engine: Any) -> SegmentTable | None:
+def read(engine: Any) -> SegmentTable:
     """Read the table of a DeepSpeed engine and verify it; every rank calls this.
 
     Args:
         engine: After ``deepspeed.initialize``.
-
-    Returns:
-        None where the optimizer sees the parameters themselves (stage 0 in fp32).
 
     Raises:
         ConfigError: If the engine wraps the optimizer in a way not known here, or its structures do
             not add up to the layers.
     """
     optimizer = engine.optimizer
-    if optimizer is engine.basic_optimizer:
-        return None
-    kind = type(optimizer).__name__
+    plain = optimizer is engine.basic_optimizer
+    kind = "none" if plain else type(optimizer).__name__
     if kind not in _READERS:
         raise ConfigError(
             f"LARS does not know DeepSpeed's {kind}: it cannot tell the layers inside its flat "
-            f"buffers. Use ZeRO stage 1, 2 or 3, or stage 0 in fp32. {_version()}"
+            f"buffers. Use ZeRO stage 0, 1, 2 or 3 without wrappers of other makers. {_version()}"
         )
+    partitioned = kind in _PARTITIONED
     try:
         found = list(_READERS[kind](optimizer))
+        group = optimizer.dp_process_group if partitioned else None
     except AttributeError as error:
         raise ConfigError(
             f"DeepSpeed's {kind} has no longer what LARS reads its layers from ({error}). "
             f"{_version()}"
         ) from error
     buffers: dict[int, Buffer] = {}
-    sizes: list[int] = []
-    for flat_P, parameters, places in found:
-        segments = [Segment(len(sizes) + i, *place) for i, place in enumerate(places) if place]
-        layer_S = torch.tensor([s.layer for s in segments], dtype=torch.long, device=flat_P.device)
-        buffers[id(flat_P)] = Buffer(flat_P, segments, layer_S)
-        sizes += [getattr(p, "ds_numel", p.numel()) for p in parameters]
-    table = SegmentTable(buffers, len(sizes), optimizer.dp_process_group)
-    _verify(table, sizes)
+    parameters: list[torch.nn.Parameter] = []
+    for tensor, held, places in found:
+        segments = [Segment(len(parameters) + i, *place) for i, place in enumerate(places) if place]
+        layer_S = torch.tensor([s.layer for s in segments], dtype=torch.long, device=tensor.device)
+        buffers[id(tensor)] = Buffer(tensor, segments, layer_S)
+        parameters += held
+    name_of = {id(p): name for name, p in engine.module.named_parameters()}
+    names = [name_of[id(p)] for p in parameters]
+    table = SegmentTable(buffers, parameters, names, partitioned, group, engine.device)
+    _verify(table)
     return table
 
 
-Place = tuple[int, int] | None
-Found = tuple[torch.Tensor, list[torch.Tensor], list[Place]]
+Place = tuple[int, int, int] | None  # start in the buffer, elements, offset in the layer
+Found = tuple[torch.Tensor, list[torch.nn.Parameter], list[Place]]
+
+
+def _plain(optimizer: Any) -> Iterator[Found]:
+    """Read the optimizer itself, which holds the model's parameters (stage 0, fp32)."""
+    for group in optimizer.param_groups:
+        yield from (_whole(p, p) for p in group["params"])
+
+
+def _unfused(optimizer: Any) -> Iterator[Found]:
+    """Read FP16_UnfusedOptimizer, which DeepSpeed uses for bf16 at stage 0."""
+    if optimizer.low_precision_dtype == torch.float16:
+        raise ConfigError(
+            "fp16 at ZeRO stage 0: DeepSpeed 0.19.8 divides the gradients by a loss scale that it "
+            "has not multiplied the loss by (its pull request 8393), so every optimizer steps "
+            f"wrongly. Use stage 1, 2 or 3, or bf16. {_version()}"
+        )
+    for copies, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+        yield from map(_whole, copies, parameters)
+
+
+def _whole(tensor: torch.Tensor, parameter: torch.nn.Parameter) -> Found:
+    """Describe a tensor that is one layer."""
+    return tensor, [parameter], [(0, parameter.numel(), 0)]
 
 
 def _stages_1_and_2(optimizer: Any) -> Iterator[Found]:
@@ -126,8 +157,8 @@ def _fragment(parameter: Any) -> Place:
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
-    address = mapping.hp_fragment_address
-    return address.start, address.numel
+    place = mapping.hp_fragment_address
+    return place.start, place.numel, mapping.lp_fragment_address.start
 
 
 def _stage_3(optimizer: Any) -> Iterator[Found]:
@@ -143,38 +174,47 @@ def _stage_3(optimizer: Any) -> Iterator[Found]:
             _, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
             part = parameter.ds_tensor.numel()
             filled = min(part, parameter.ds_numel - rank * part)
-            places.append((start, filled) if filled > 0 else None)
+            places.append((start, filled, rank * part) if filled > 0 else None)
         yield flat_P, list(parameters), places
 
 
 _READERS: dict[str, Callable[[Any], Iterator[Found]]] = {
+    "none": _plain,
+    "FP16_UnfusedOptimizer": _unfused,
     "DeepSpeedZeroOptimizer": _stages_1_and_2,
     "BF16_Optimizer": _bf16,
     "DeepSpeedZeroOptimizer_Stage3": _stage_3,
 }
+_PARTITIONED = ("DeepSpeedZeroOptimizer", "BF16_Optimizer", "DeepSpeedZeroOptimizer_Stage3")
 
 
-def _verify(table: SegmentTable, sizes: list[int]) -> None:
+def numel(parameter: Any) -> int:
+    """Elements of a whole layer, also where stage 3 has emptied the parameter."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _verify(table: SegmentTable) -> None:
     """Check that segments do not overlap and add up to the layers over all ranks."""
-    device = next(iter(table.buffers.values())).flat_P.device
-    covered_L = torch.zeros(len(sizes), dtype=torch.long, device=device)
+    covered_L = torch.zeros(len(table.parameters), dtype=torch.long)
     for buffer in table.buffers.values():
         end = 0
         for segment in sorted(buffer.segments, key=lambda s: s.start):
-            if segment.start < end or segment.start + segment.numel > buffer.flat_P.numel():
+            if segment.start < end or segment.start + segment.numel > buffer.tensor.numel():
                 raise ConfigError(
-                    f"layer {segment.layer} lies at {segment.start} in a buffer of "
-                    f"{buffer.flat_P.numel()} elements whose last layer ends at {end}: LARS reads "
+                    f"layer {table.names[segment.layer]} lies at {segment.start} in a buffer of "
+                    f"{buffer.tensor.numel()} elements whose last layer ends at {end}: LARS reads "
                     f"DeepSpeed's buffers wrongly. {_version()}"
                 )
             end = segment.start + segment.numel
             covered_L[segment.layer] += segment.numel
-    dist.all_reduce(covered_L, group=table.group)
-    for layer, (covered, size) in enumerate(zip(covered_L.tolist(), sizes, strict=True)):
-        if covered != size:
+    if table.partitioned:
+        covered_L = covered_L.to(table.device)
+        dist.all_reduce(covered_L, group=table.group)
+    for layer, covered in enumerate(covered_L.tolist()):
+        if covered != (size := numel(table.parameters[layer])):
             raise ConfigError(
-                f"layer {layer} has {size} elements, the ranks hold {covered} of it: LARS reads "
-                f"DeepSpeed's buffers wrongly. {_version()}"
+                f"layer {table.names[layer]} has {size} elements, the ranks hold {covered} of it: "
+                f"LARS reads DeepSpeed's buffers wrongly. {_version()}"
             )
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from fastclr.kernels import KernelUnavailable, lars_torch
 from fastclr.optim import LARS, parameter_groups
 
 STEPS = 10
@@ -91,14 +95,17 @@ def test_biases_and_norms_take_plain_momentum():
         torch.testing.assert_close(getattr(module[layer], name), getattr(plain[layer], name))
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_the_first_step_has_the_length_of_the_trust(scale):
-    w = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    before = w.detach().clone()
+@pytest.mark.parametrize("rate_inside_momentum", [True, False])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-6, 1.0, 1e6, 1e20, 1e30])
+def test_the_first_step_has_the_length_of_the_trust(scale, rate_inside_momentum):
+    # In single precision, whose squares end at 1e-45 and 1e38.
+    w = torch.randn(40, 50, requires_grad=True)
+    before = w.detach().double()
     w.grad = scale * torch.randn_like(w)
-    LARS([w], lr=0.3, weight_decay=0.1, trust_coefficient=0.01).step()
-    moved = (w.detach() - before).norm()
-    torch.testing.assert_close(moved, 0.3 * 0.01 * before.norm(), rtol=1e-12, atol=0)
+    options = {"rate_inside_momentum": rate_inside_momentum, "trust_coefficient": 0.01}
+    LARS([w], lr=0.3, weight_decay=1e-30, **options).step()
+    moved = (w.detach().double() - before).norm()
+    torch.testing.assert_close(moved, 0.3 * 0.01 * before.norm(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -132,6 +139,21 @@ def test_a_zero_gradient_moves_nothing_and_divides_by_nothing():
     w.grad = torch.zeros(2, 3)
     LARS([w], lr=0.5, weight_decay=0.0).step()
     assert torch.equal(w.detach(), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on NaN, where it interprets
+def test_a_gradient_that_is_not_finite_shows_in_the_weights(bad, impl):
+    # The ratio must not turn it into a step of 0, or of another length; the run is to stop.
+    bad_w, good_w = (torch.ones(3, 4, requires_grad=True) for _ in range(2))
+    for w in (bad_w, good_w):
+        w.grad = torch.ones(3, 4)
+    bad_w.grad[1, 2] = bad
+    LARS([bad_w, good_w], lr=0.5, impl=impl).step()
+    assert bad_w[1, 2].isnan()
+    assert bad_w.isnan().all() or bad == float("inf")
+    assert good_w.isfinite().all() and (good_w < 1).all()
 
 
 def test_parameters_without_gradient_stay():
@@ -194,6 +216,195 @@ def test_values_out_of_range_are_refused(values):
     (name, value), *_ = [item for item in values.items() if item != ("lr", 0.1)]
     with pytest.raises(ValueError, match=f"{name} {value}.*give"):
         LARS([torch.ones(2, 2, requires_grad=True)], **values)
+
+
+@pytest.mark.parametrize("values", [{"denominator": "norms"}, {"impl": "cuda"}])
+def test_unknown_names_are_refused(values):
+    ((name, value),) = values.items()
+    with pytest.raises(ValueError, match=f"{name} '{value}': give one of"):
+        LARS([torch.ones(2, 2, requires_grad=True)], lr=0.1, **values)
+
+
+def test_a_state_from_before_the_forms_loads():
+    w = torch.ones(2, 3, requires_grad=True)
+    saved = LARS([w], lr=0.1).state_dict()
+    for name in ("denominator", "rate_inside_momentum", "clip", "nesterov"):
+        del saved["param_groups"][0][name]
+    lars = LARS([w], lr=0.2)
+    lars.load_state_dict(saved)
+    w.grad = torch.ones(2, 3)
+    lars.step()
+    assert lars.param_groups[0]["denominator"] == "decayed_gradient"
+
+
+def test_the_state_is_in_the_form_of_torch():
+    module = model()
+    lars, sgd = optimizer(module), torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    backward(module, 0)
+    for either in (lars, sgd):
+        either.step()
+    ours, theirs = lars.state_dict(), sgd.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert ours["state"].keys() == theirs["state"].keys()
+    assert all(s.keys() == {"momentum_buffer"} for s in ours["state"].values())
+    assert [g["params"] for g in ours["param_groups"]] == [[0, 1], [2, 3, 4, 5]]
+
+
+# Memory
+
+
+def channels_last(shape):
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: channels_last((4, 3, 5, 5)),
+        lambda: channels_last((4, 3, 1, 1)),
+        lambda: torch.randn(7, 3, 5).permute(2, 0, 1),
+        lambda: torch.randn(()),
+        lambda: torch.randn(3, 4)[1:],
+    ],
+)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_any_order_of_memory(make, impl):
+    torch.manual_seed(0)
+    weight = make()
+    plain, other = weight.clone(memory_format=torch.contiguous_format), weight
+    ends = []
+    for w in (plain, other):
+        w.requires_grad_()
+        lars = LARS([w], lr=0.5, weight_decay=0.1, trust_coefficient=0.1, impl=impl)
+        for step in range(3):
+            w.grad = torch.full(w.shape, float(step)) + torch.arange(w.numel()).view(w.shape)
+            if step == 2:
+                w.data = w.data.clone(memory_format=torch.contiguous_format)
+            lars.step()
+        ends.append(w.detach())
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_with_gaps_are_refused():
+    w = torch.randn(4, 6)[:, ::2].requires_grad_()
+    w.grad = torch.ones(4, 3)
+    with pytest.raises(RuntimeError, match=r"not one block of memory\. Make it contiguous"):
+        LARS([w], lr=0.1).step()
+
+
+def test_precisions_may_be_mixed():
+    parameters = [torch.ones(3, 4, dtype=d) for d in (torch.float32, torch.float64, torch.bfloat16)]
+    for p in parameters:
+        p.requires_grad_().grad = torch.ones_like(p)
+    LARS(parameters, lr=1.0, trust_coefficient=0.5, weight_decay=0.0).step()
+    for p in parameters:
+        assert torch.equal(p.detach().double(), torch.full((3, 4), 0.5).double())
+
+
+# Implementations
+
+
+def ends_of(impl):
+    """Return weights after some steps in single precision."""
+    module = model().float()
+    lars = LARS.for_module(module, LR, weight_decay=DECAY, trust_coefficient=TRUST, impl=impl)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        for p in module.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        lars.step()
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def test_triton_steps_like_torch():
+    torch.testing.assert_close(ends_of("triton"), ends_of("torch"), rtol=1e-6, atol=1e-6)
+
+
+def test_without_triton_the_explicit_choice_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastclr.kernels.lars", None)
+    with pytest.raises(KernelUnavailable, match=r"needs Triton .*impl='auto'"):
+        LARS([torch.ones(2, 2, requires_grad=True)], lr=0.1, impl="triton")
+
+
+def cuda_step(impl, **options):
+    """Take a step on tensors of a GPU that is not there and have shapes alone."""
+    with FakeTensorMode():
+        parameters = [torch.ones(n, 3, device="cuda", requires_grad=True) for n in (4, 5)]
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        lars = LARS(parameters, lr=0.1, impl=impl, **options)
+        lars.step()
+        lars.step()
+
+
+def test_auto_says_once_why_it_takes_torch(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "fastclr.kernels.lars", None)
+    cuda_step("auto")
+    assert len(caplog.records) == 1
+    assert "goes on with impl='torch'" in caplog.text and "pip install triton" in caplog.text
+
+
+@pytest.mark.parametrize("denominator", ["decayed_gradient", "sum_of_norms"])
+@pytest.mark.parametrize("rate_inside_momentum", [True, False])
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_a_step_on_the_gpu_never_waits_for_it(denominator, rate_inside_momentum, clip, nesterov):
+    # Tensors without values: whatever reads one on the host raises.
+    form = {"rate_inside_momentum": rate_inside_momentum, "clip": clip, "nesterov": nesterov}
+    cuda_step("torch", denominator=denominator, **form)
+
+
+def test_a_wait_would_be_seen(monkeypatch):
+    update = lars_torch.update
+
+    def reading(w, g, v, *, scale, **options):
+        update(w, g, v, scale=scale[0].item(), **options)
+
+    monkeypatch.setattr(lars_torch, "update", reading)
+    with pytest.raises(DataDependentOutputException):
+        cuda_step("torch")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Put modules in apex's place whose functions have the signatures of its own."""
+    calls = []
+
+    def multi_tensor_l2norm(chunk_size, noop_flag, tensor_lists, per_tensor=False):
+        assert chunk_size == 65536 and noop_flag.dtype == torch.int32 and per_tensor is True
+        (tensors,) = tensor_lists
+        calls.append(len(tensors))
+        norms = torch.stack([t.float().norm() for t in tensors])
+        return norms.norm()[None], norms
+
+    def multi_tensor_applier(op, noop_flag_buffer, tensor_lists, *args):
+        return op(65536, noop_flag_buffer, tensor_lists, *args)
+
+    amp_c = SimpleNamespace(multi_tensor_l2norm=multi_tensor_l2norm)
+    apply = SimpleNamespace(multi_tensor_applier=multi_tensor_applier)
+    for name, module in {
+        "amp_C": amp_c, "apex": SimpleNamespace(), "apex.multi_tensor_apply": apply,
+    }.items():  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
+def test_apex_steps_like_torch(stand_in):
+    torch.testing.assert_close(ends_of("apex"), ends_of("torch"), rtol=1e-6, atol=1e-6)
+    assert stand_in == [2, 2] * STEPS, "two launches a step, each over all adapted layers"
+
+
+@pytest.mark.parametrize("missing", ["amp_C", "apex.multi_tensor_apply"])
+def test_without_apex_the_explicit_choice_is_refused(monkeypatch, stand_in, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(KernelUnavailable, match=r"build it as fastclr/optim/apex.py says"):
+        LARS([torch.ones(2, 2, requires_grad=True)], lr=0.1, impl="apex")
+
+
+def test_another_apex_is_refused(monkeypatch, stand_in):
+    monkeypatch.setitem(sys.modules, "amp_C", SimpleNamespace())
+    with pytest.raises(KernelUnavailable, match="multi_tensor_l2norm"):
+        LARS([torch.ones(2, 2, requires_grad=True)], lr=0.1, impl="apex")
 
 
 # Groups
