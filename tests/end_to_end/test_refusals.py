@@ -97,10 +97,21 @@ def test_a_batch_larger_than_the_data(train):
     refused(train("--global-batch-size", "1000"), "640 samples", "1000", "Lower")
 
 
-def test_lars_in_fp16_is_refused_until_it_is_exact(train, tmp_path):
+def test_fp16_without_zero_is_refused(train, tmp_path):
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}))
-    refused(train(ds=file), "LARS with fp16 at ZeRO stage 2", "Use bf16", "SGD or AdamW")
+    file.write_text(json.dumps({"fp16": {"enabled": True}}))
+    refused(train(ds=file), "fp16 at ZeRO stage 0 is refused", "Use stage 1, 2 or 3, or bf16")
+
+
+def test_parameters_that_lars_does_not_have(train, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"optimizer": {"type": "LARS", "params": {"trust_coef": 0.1}}}))
+    refused(train(ds=file), "optimizer trust_coef", "unknown to LARS: choose from")
+
+
+def test_a_loss_with_what_is_not_its_own(train):
+    refused(train("--loss.margin", "0.4"), "loss.margin does nothing for nt_xent", "leave it out")
+    refused(train("--loss.name", "nt_exnt"), "'nt_exnt' is unknown", "margin_triplet")
 
 
 def test_half_precision_with_batch_norm_is_refused(train, tmp_path):
