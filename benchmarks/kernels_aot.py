@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -131,6 +132,8 @@ def main() -> None:
     parser.add_argument("--chips", type=int, nargs="+", default=[*aot.TENSOR_CORE])
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 makes kernels that are not compiled: unset it.")
     names = [c.name for c in configurations() if re.search(args.match, c.name)]
     jobs = [(name, chip) for name in names for chip in args.chips]
     with ProcessPoolExecutor(args.processes) as pool:

@@ -58,6 +58,7 @@ def sandbox(tmp_path_factory):
 
 def run(command, folder):
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environ.pop("TRITON_INTERPRET", None)  # of the tests, not of a user
     done = subprocess.run(
         ["bash", "-c", command], cwd=folder, env=environ, capture_output=True, text=True,
         timeout=400,

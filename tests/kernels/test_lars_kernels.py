@@ -182,11 +182,15 @@ def test_empty_tensors(kernels):
 def test_both_agree_on_any_sizes(sizes, start, seed):
     w, g, v = tensors(sizes, start=start, seed=seed)
     others = [[t.clone() for t in kind] for kind in (w, g, v)]
+    before = [t.clone() for t in (*w, *v)]
     sums = lars.sums_of_squares(w, g, 0.05)
     torch.testing.assert_close(sums, lars_torch.sums_of_squares(w, g, 0.05), rtol=1e-6, atol=0)
-    lars.update(w, g, v, scale=sums[:, 0], **OPTIONS)
-    lars_torch.update(*others, scale=sums[:, 0], **OPTIONS)
-    assert distance(w + v, [t.double() for t in others[0] + others[2]]) < 1e-6
+    scale = sums[:, 0] / sums[:, 0].max()
+    lars.update(w, g, v, scale=scale, **OPTIONS)
+    lars_torch.update(*others, scale=scale, **OPTIONS)
+    # Relative to what was added up: a layer of one element may cancel.
+    for found, expected, held in zip(w + v, others[0] + others[2], before, strict=True):
+        assert (found - expected).abs().max() < 1e-6 * (held.abs().max() + expected.abs().max())
 
 
 def test_long_sums_on_the_cpu_stay_exact():
