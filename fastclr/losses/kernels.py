@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -51,7 +52,7 @@ class Finished(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Kernel(ABC):
     """A loss in blocks; a subclass says which.
 
     Attributes:
@@ -75,18 +76,19 @@ class Kernel:
         """Return the rows as they are compared and sent."""
         return rows_ND
 
+    @abstractmethod
     def partial(self, rows_ND: torch.Tensor, keys: Keys, ranking: Ranking | None) -> torch.Tensor:
         """Return what the loss must know of some keys, (N, ...)."""
-        raise NotImplementedError
 
     def merge(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return what it must know of two sets of keys."""
         return a + b
 
+    @abstractmethod
     def finish(self, positive_N: torch.Tensor, partial: torch.Tensor) -> Finished:
         """Return the loss, from the similarity of each anchor to its positive and all partials."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_gradient(
         self,
         gradient_ND: torch.Tensor,
@@ -96,7 +98,6 @@ class Kernel:
         start: int,
     ) -> None:
         """Add each row's gradient of the sum of all anchors' losses, as far as these keys go."""
-        raise NotImplementedError
 
 
 class NTXent(Kernel):
@@ -279,11 +280,11 @@ class SemiHard(Kernel):
         """Take the better."""
         return blocked_pairs.merge_semi_hard(a, b)
 
+    @abstractmethod
     def terms_of(
         self, positive_N: torch.Tensor, negative_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the loss, and its derivatives by the negative's and the positive's similarity."""
-        raise NotImplementedError
 
     def finish(self, positive_N: torch.Tensor, partial: torch.Tensor) -> Finished:
         """Return the loss against the nearest farther one, or else against the farthest."""
