@@ -1,13 +1,17 @@
 """Checkpoints: DeepSpeed's files, the weights in safetensors, and fastclr.json; whole or not there.
 
 DeepSpeed moves its own ``latest`` before the other ranks have written, so it is not used: a
-checkpoint is written under a temporary name, hashed, renamed, and only then named in ``latest``.
+checkpoint is written under a temporary name, hashed, synced to disk and renamed. The newest one
+whose files have their hashes is gone on from; ``latest`` and ``best`` only say names.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,34 +23,55 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastclr.config import ConfigError
-from fastclr.files import sha256_of, write_json
+from fastclr.facts import versions
+from fastclr.files import sha256_of, sync, write_json
 from fastclr.optim import LARS
+
+logger = logging.getLogger(__name__)
 
 FACTS = "fastclr.json"
 LAYERS = "lars.safetensors"
 WEIGHTS = "model.safetensors"
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept; the best by online evaluation always is.
+
+    Attributes:
+        last: The last so many.
+        every: And those whose step is a multiple; 0 for none.
+    """
+
+    last: int = 2
+    every: int = 0
 
 
 def save(
     engine: DeepSpeedEngine,
     folder: Path,
-    facts: dict[str, Any],
-    keep: int,
+    facts: Mapping[str, Any],
+    retention: Retention,
     lars: LARS | None = None,
+    best: bool = False,
 ) -> Path:
     """Write a checkpoint; every rank calls this.
 
     Args:
         engine: Engine whose module, optimizer and schedule are saved.
-        lars: The engine's optimizer, if it is LARS: its layers are saved whole too, so that other
-            ranks, another ZeRO stage or another precision can go on from them.
         folder: The run's folder of checkpoints, shared by all ranks.
         facts: What fastclr needs to go on; has ``step``. Equal on every rank.
-        keep: Checkpoints kept; older ones are deleted after the new one stands.
+        retention: Which older ones are kept once the new one stands.
+        lars: The engine's optimizer, if it is LARS: its layers are saved whole too, so that other
+            ranks, another ZeRO stage or another precision can go on from them.
+        best: Whether no earlier one scored higher.
 
     Returns:
         Folder of the checkpoint, ``step-0001000``.
+
+    Raises:
+        FloatingPointError: If a weight is not finite; on every rank, and nothing is kept.
     """
     name = f"step-{facts['step']:07d}"
     final, partial = folder / name, folder / f".{name}.partial"
@@ -55,8 +80,8 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    _refuse_non_finite(engine, _save_weights(engine, partial / WEIGHTS), facts["step"])
     engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-    _save_weights(engine, partial / WEIGHTS)
     layers = lars.layer_state() if lars else {}
     if is_main and layers:
         save_file(layers, partial / LAYERS)
@@ -64,14 +89,27 @@ def save(
     if is_main:
         files = [p for p in sorted(partial.rglob("*")) if p.is_file()]
         hashes = {p.relative_to(partial).as_posix(): sha256_of(p) for p in files}
-        write_json(partial / FACTS, {**facts, "layout": _layout(engine), "sha256": hashes})
-        shutil.rmtree(final, ignore_errors=True)  # left by a run that stopped before `latest`
+        for path in (*files, partial):
+            sync(path)
+        stamp = {"layout": _layout(engine), "versions": versions(), "sha256": hashes}
+        write_json(partial / FACTS, {**facts, **stamp})
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
         partial.replace(final)
-        write_json(folder / LATEST, name)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        sync(folder)
+        for pointer in (LATEST, BEST) if best else (LATEST,):
+            write_json(folder / pointer, name)
+        _prune(folder, retention)
     dist.barrier()
     return final
+
+
+def _prune(folder: Path, retention: Retention) -> None:
+    """Delete the checkpoints that nothing keeps."""
+    best = _named(folder, BEST)
+    for old in list_checkpoints(folder)[: -retention.last]:
+        is_multiple = retention.every and int(old.name.split("-")[1]) % retention.every == 0
+        if old.name != best and not is_multiple:
+            shutil.rmtree(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -80,29 +118,81 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the checkpoint that ``latest`` names, its hashes verified; None for a new run.
+    """Return the newest checkpoint whose files have their hashes; None for a new run.
+
+    A damaged one is named in a warning and passed over.
 
     Raises:
-        ConfigError: If ``latest`` or the checkpoint it names is missing or damaged.
+        ConfigError: If there are checkpoints and all are damaged.
     """
-    if not (folder / LATEST).exists():
-        return None
-    try:
-        name = json.loads((folder / LATEST).read_text(encoding="utf-8"))
-        checkpoint = folder / Path(name).name
-        expected = read_facts(checkpoint)["sha256"]
-        damaged = [n for n, digest in expected.items() if sha256_of(checkpoint / n) != digest]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    checkpoints = list_checkpoints(folder)[::-1]
+    for checkpoint in checkpoints:
+        damage = _damage(checkpoint)
+        if damage is None:
+            pointer = _named(folder, LATEST)
+            if pointer != checkpoint.name:
+                logger.warning(
+                    "%s says %r; %s is the newest whole one", folder / LATEST, pointer, checkpoint
+                )
+            return checkpoint
+        logger.warning("%s: it is passed over for the one before it", damage)
+    if checkpoints or (folder / LATEST).exists():
         raise ConfigError(
-            f"{folder / LATEST} or the checkpoint it names cannot be read ({error}): nothing is "
-            "started over silently. Name an older step-* folder in it, or use a new --run-dir."
-        ) from error
-    if damaged:
-        raise ConfigError(
-            f"{checkpoint / damaged[0]} does not have the sha256 it was saved with: the file is "
-            f"damaged. Write an older step-* folder's name into {folder / LATEST}."
+            f"{folder} holds no whole checkpoint of the {len(checkpoints)} there "
+            f"({_damage(checkpoints[0]) if checkpoints else 'latest names one that is gone'}): "
+            "nothing is started over silently. Restore one, or use a new --run-dir."
         )
+    return None
+
+
+def choose(folder: Path, given: Path | None, device: torch.device) -> Path | None:
+    """Return the run's own newest checkpoint, or else the given one; every rank calls this.
+
+    Rank 0 alone reads and hashes.
+
+    Raises:
+        ConfigError: On every rank, as :func:`latest` and :func:`verified` do.
+    """
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = latest(folder) or (verified(given) if given else None)
+        except ConfigError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found, device=device)
+    if found[1]:
+        raise ConfigError(found[1])
+    return found[0]
+
+
+def verified(checkpoint: Path) -> Path:
+    """Return a checkpoint that was named by hand.
+
+    Raises:
+        ConfigError: If it is none, or damaged.
+    """
+    if damage := _damage(checkpoint):
+        raise ConfigError(f"{damage}. Name a folder RUN/checkpoints/step-*.")
     return checkpoint
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Say what is wrong with a checkpoint."""
+    try:
+        for name, digest in read_facts(checkpoint)["sha256"].items():
+            if sha256_of(checkpoint / name) != digest:
+                return f"{checkpoint / name} does not have the sha256 it was saved with"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{checkpoint} cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def _named(folder: Path, pointer: str) -> str | None:
+    """Return what a pointer file names, or None."""
+    try:
+        return str(json.loads((folder / pointer).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
@@ -161,12 +251,31 @@ def _load_weights(engine: DeepSpeedEngine, file: Path) -> None:
         module.load_state_dict(state)
 
 
-def _save_weights(engine: DeepSpeedEngine, file: Path) -> None:
-    """Write the module's whole state on rank 0; gathers it under ZeRO stage 3."""
+def _refuse_non_finite(engine: DeepSpeedEngine, name: str | None, step: int) -> None:
+    """Raise on every rank if rank 0 found a weight that is not finite."""
+    found = [name]
+    dist.broadcast_object_list(found, device=engine.device)
+    if found[0]:
+        raise FloatingPointError(
+            f"{found[0]} is not finite after step {step}: such weights are not saved, the last "
+            "checkpoint stands. Lower the learning rate, or raise the temperature."
+        )
+
+
+def _save_weights(engine: DeepSpeedEngine, file: Path) -> str | None:
+    """Write the module's whole state on rank 0; gathers it under ZeRO stage 3.
+
+    Returns:
+        The name of a tensor that is not finite, on rank 0, and then writes nothing.
+    """
     sharded = engine.zero_optimization_partition_weights()
     module = cast(nn.Module, engine.module)
     parameters = list(module.parameters()) if sharded else []
     with deepspeed.zero.GatheredParameters(parameters, enabled=sharded):
         if dist.get_rank() == 0:
             state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+            for name, tensor in state.items():
+                if not tensor.isfinite().all():
+                    return name
             save_file(state, file)
+    return None

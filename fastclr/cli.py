@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from fastclr.config import ConfigError
+from fastclr.interruption import EXIT_PEER_LOST, EXIT_PREEMPTED, PeerLost, Preempted
 from fastclr.world import World
 from pipelines.shards import ShardError
 
@@ -15,6 +16,8 @@ EXIT_CODES: dict[type[Exception], int] = {
     ShardError: 65,  # data that is missing or damaged
     FloatingPointError: 70,  # the loss is not finite
     OSError: 74,  # storage: full, read-only, gone
+    Preempted: EXIT_PREEMPTED,  # stopped by a signal, all of it saved: start again to go on
+    PeerLost: EXIT_PEER_LOST,  # another rank is gone, or nothing happened for too long
 }
 
 
@@ -34,11 +37,12 @@ def guard(command: Callable[[], object]) -> int:
     """
     try:
         command()
-    except tuple(EXIT_CODES) as error:
-        if not isinstance(error, ConfigError) or _is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-    except KeyboardInterrupt:
-        print("interrupted; start the same command again to go on", file=sys.stderr)
-        return 130
+    except (*EXIT_CODES, KeyboardInterrupt) as error:
+        codes = {**EXIT_CODES, KeyboardInterrupt: 130}
+        code = next(code for kind, code in codes.items() if isinstance(error, kind))
+        if not isinstance(error, ConfigError | Preempted) or _is_main():
+            what = "" if isinstance(error, Preempted | KeyboardInterrupt) else "error: "
+            text = str(error) or "interrupted; start the same command again to go on"
+            print(f"{what}{text}", file=sys.stderr, flush=True)
+        return code
     return 0

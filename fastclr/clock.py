@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Clock:
@@ -10,12 +13,16 @@ class Clock:
 
     Args:
         training_seconds: Training time of earlier starts, from the checkpoint.
+
+    Attributes:
+        apart_seconds: Time of this start that did not count as training, by what took it.
     """
 
     def __init__(self, training_seconds: float = 0.0) -> None:
         self._started = time.perf_counter()
         self._before = training_seconds
         self._running_since: float | None = None
+        self.apart_seconds: defaultdict[str, float] = defaultdict(float)
 
     def start(self) -> None:
         """Start or go on counting training time."""
@@ -23,9 +30,20 @@ class Clock:
         self._running_since = time.perf_counter()
 
     def pause(self) -> None:
-        """Stop counting training time: for checkpoints and evaluation."""
+        """Stop counting training time."""
         self._before = self.training_seconds
         self._running_since = None
+
+    @contextmanager
+    def apart(self, what: str) -> Iterator[None]:
+        """Stop counting training time in here; it goes to ``apart_seconds[what]``."""
+        self.pause()
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.apart_seconds[what] += time.perf_counter() - started
+            self.start()
 
     @property
     def training_seconds(self) -> float:

@@ -97,11 +97,14 @@ class EncoderConfig:
         width: Width multiplier of a ResNet: SimCLR's 1, 2, 4, or a fraction for a small machine.
         stem: ``imagenet`` (7x7 stride 2 and max-pool), ``small`` (3x3 stride 1, no max-pool;
             the paper's CIFAR-10 stem), or ``small_stride2`` (3x3 stride 2, no max-pool).
+        activation_checkpointing: Keep the blocks' inputs alone and compute the rest again in the
+            backward pass: a third more time, a fraction of the memory.
     """
 
     name: str = "resnet50"
     width: float = 1.0
     stem: Literal["imagenet", "small", "small_stride2"] = "imagenet"
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,39 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation during training, outside the training time.
+
+    Attributes:
+        test: Labelled shard set that is scored; empty for no evaluation.
+        train: Labelled shard set whose features the probes are fitted on; empty for ``data.train``.
+        every_epochs: Epochs between evaluations; the last step is always evaluated.
+        most_images: Images taken of each, the first ones.
+    """
+
+    test: str = ""
+    train: str = ""
+    every_epochs: int = 1
+    most_images: int = 10_000
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What is done when something goes wrong.
+
+    Attributes:
+        non_finite: ``stop``, or ``skip`` the batch; skipping waits for the device in each step.
+        most_skipped: Batches skipped before the run stops after all.
+        watchdog_seconds: How long any one thing may take, a collective's wait for another rank
+            among them; then the process says which and leaves.
+    """
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    most_skipped: int = 10
+    watchdog_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
 class Config:
     """One run.
 
@@ -223,8 +259,13 @@ class Config:
         head: Projection head g.
         loss: Contrastive loss.
         optimizer: Optimizer and schedule.
+        evaluation: Online evaluation.
+        faults: What is done when something goes wrong.
         batch_norm: Statistics over all ranks, or local to each, which leaks the positives.
+        compile: Compile encoder and head with ``torch.compile``.
         run_dir: Folder of this run; a checkpoint in it is gone on from.
+        start_from: Checkpoint of another run, a folder, that a new run goes on from.
+        initial_weights: safetensors file of a model or its encoder that a new run begins with.
         epochs: Length of the run in epochs; excludes ``minutes``.
         minutes: Length in minutes of training; the number of steps follows the speed, so two such
             runs are not the same.
@@ -233,7 +274,8 @@ class Config:
         seed: Seed of weights, order and views.
         log_every: Steps between log rows.
         checkpoint_every: Steps between checkpoints; 0 for the end of each epoch.
-        keep_checkpoints: Checkpoints kept; older ones are deleted.
+        keep_checkpoints: Last checkpoints kept; older ones are deleted.
+        keep_every: Checkpoints at multiples of so many steps are kept too; 0 for none.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -242,8 +284,13 @@ class Config:
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     batch_norm: Literal["global", "local"] = "global"
+    compile: bool = False
     run_dir: str = ""
+    start_from: str = ""
+    initial_weights: str = ""
     epochs: float | None = None
     minutes: float | None = None
     global_batch_size: int | None = None
@@ -251,6 +298,7 @@ class Config:
     log_every: int = 10
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    keep_every: int = 0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -287,6 +335,11 @@ class Config:
         for name, length in {"epochs": self.epochs, "minutes": self.minutes}.items():
             if length is not None and not 0 < length < math.inf:
                 found.append(f"{name} is {length}: the length of a run is positive.")
+        if self.start_from and self.initial_weights:
+            found.append(
+                f"start_from is {self.start_from} and initial_weights {self.initial_weights}: the "
+                "first brings its own weights. Give one."
+            )
         if not 0 <= self.seed < 2**63:
             found.append(f"seed is {self.seed}: give 0 <= seed < 2**63.")
         for name, least in {
@@ -295,6 +348,11 @@ class Config:
             "log_every": 1,
             "checkpoint_every": 0,
             "keep_checkpoints": 1,
+            "keep_every": 0,
+            "evaluation.every_epochs": 1,
+            "evaluation.most_images": 20,
+            "faults.most_skipped": 0,
+            "faults.watchdog_seconds": 1,
         }.items():
             holder, _, key = name.rpartition(".")
             value = getattr(getattr(self, holder) if holder else self, key)

@@ -38,6 +38,24 @@ class Encoder(nn.Module):
         self.network = network
         self.feature_dim = feature_dim
 
+    def checkpoint_activations(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them.
+
+        Raises:
+            ConfigError: If the timm model cannot.
+        """
+        try:
+            cast(Any, self.network).set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise ConfigError(
+                f"encoder {type(self.network).__name__} has no activation checkpointing in timm: "
+                "leave encoder.activation_checkpointing off, or choose another encoder."
+            ) from error
+        for module in self.network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.register_forward_pre_hook(_remember_once)
+                module.register_forward_hook(_remember_again)
+
     def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         """Return ``h_NF`` for floating-point images in 0..1."""
         return self.network(images_NCHW)
@@ -71,7 +89,20 @@ def create(name: str, width: float = 1.0, stem: str = "imagenet") -> Encoder:
 
 def from_config(config: EncoderConfig) -> Encoder:
     """Create the encoder that a configuration describes; see :func:`create`."""
-    return create(config.name, config.width, config.stem)
+    encoder = create(config.name, config.width, config.stem)
+    if config.activation_checkpointing:
+        encoder.checkpoint_activations()
+    return encoder
+
+
+def _remember_once(norm: Any, _: Any) -> None:
+    """Keep a BatchNorm's running statistics out of what the backward pass computes again."""
+    # Inside a backward pass, and nowhere else, there is a graph task.
+    norm.track_running_stats = torch._C._current_graph_task_id() == -1
+
+
+def _remember_again(norm: Any, *_: Any) -> None:
+    norm.track_running_stats = True
 
 
 def _resnet(name: str, width: float, stem: str) -> ResNet:

@@ -28,6 +28,15 @@ def write_durably(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(file: Path, value: Any) -> None:
     """Write JSON with :func:`write_durably`."""
     write_durably(file, json.dumps(value, indent=1))

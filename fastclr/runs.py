@@ -14,17 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from fastclr import checkpointing, ds_config, losses
 from fastclr.config import Config, ConfigError
+from fastclr.engine import device_of
 from fastclr.evaluation import knn, linear
 from fastclr.evaluation.features import Features, Pixels, extract
 from fastclr.facts import hardware, now, num_cores, redacted, versions
 from fastclr.files import write_json
+from fastclr.interruption import Interruption
 from fastclr.optim import LARS
 from fastclr.report import ViewPair, write_report
 from fastclr.simclr import SimCLR
-from fastclr.trainer import Summary, Trainer, device_of
+from fastclr.trainer import Summary, Trainer
 from fastclr.world import World
 from pipelines import ShardSet, SimCLRPolicy, make_loader, photos
 from pipelines.loader import evaluation_batches
@@ -36,12 +40,16 @@ NUM_PAIRS, NUM_THUMBNAILS = 12, 1000
 
 # May change between the starts of one run; everything else is what the run is.
 VOLATILE = (
-    "run_dir", "log_every", "checkpoint_every", "keep_checkpoints",
-    "data.train", "data.num_threads", "data.prefetch",
+    "run_dir", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "start_from",
+    "initial_weights", "data.train", "data.num_threads", "data.prefetch", "evaluation.test",
+    "evaluation.train", "evaluation.every_epochs", "evaluation.most_images", "faults.non_finite",
+    "faults.most_skipped", "faults.watchdog_seconds",
 )  # fmt: skip
 
 
-def train(config: Config, ds_path: str, command: list[str]) -> Summary:
+def train(
+    config: Config, ds_path: str, command: list[str], interruption: Interruption | None = None
+) -> Summary:
     """Train the run that a configuration describes, or go on with it.
 
     Writes ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``tensorboard/`` and, at the end,
@@ -51,13 +59,14 @@ def train(config: Config, ds_path: str, command: list[str]) -> Summary:
         config: Settings; what it leaves None the DeepSpeed JSON or the defaults fill in.
         ds_path: DeepSpeed JSON file.
         command: How the user started this, for the report.
+        interruption: Catches signals already; None to begin when training does.
 
     Raises:
         ConfigError: If anything cannot work; before a device is touched.
         ShardError: If the data is missing or damaged.
     """
     world = World.detect()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    _set_up_logging()
     config, ds = ds_config.resolve(config, ds_config.read(ds_path), world)
     shard_set = ShardSet.open(config.data.train)
     run_dir = Path(config.run_dir)
@@ -74,7 +83,7 @@ def train(config: Config, ds_path: str, command: list[str]) -> Summary:
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )
-    trainer = _trainer(config, ds, world)
+    trainer = _trainer(config, ds, world, interruption)
     trainer.check(loader)
     facts = {
         "config": asdict(config),
@@ -106,9 +115,30 @@ def train(config: Config, ds_path: str, command: list[str]) -> Summary:
     return summary
 
 
-def _trainer(config: Config, ds: ds_config.JSON, world: World) -> Trainer:
+def _set_up_logging() -> None:
+    """Show warnings, or what FASTCLR_LOG_LEVEL says.
+
+    Raises:
+        ConfigError: If that is no level.
+    """
+    level = os.environ.get("FASTCLR_LOG_LEVEL", "WARNING").upper()
+    if not isinstance(logging.getLevelName(level), int):
+        raise ConfigError(f"FASTCLR_LOG_LEVEL is {level!r}: give DEBUG, INFO, WARNING or ERROR.")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in ("fastclr", "pipelines"):
+        logging.getLogger(package).setLevel(level)
+
+
+def _trainer(
+    config: Config, ds: ds_config.JSON, world: World, interruption: Interruption | None
+) -> Trainer:
     """Build model, loss, optimizer and trainer."""
     model = SimCLR.from_config(config)
+    if config.initial_weights:
+        _load_initial_weights(model, Path(config.initial_weights))
+    if config.compile:
+        model.encoder.compile()
+        model.projection_head.compile()
     settings: dict[str, Any] = asdict(config.optimizer)  # ds_config.resolve filled them in
     of_lars = {name: settings[name] for name in (*ds_config.NUMBERS, *ds_config.FORMS)}
     return Trainer(
@@ -125,7 +155,41 @@ def _trainer(config: Config, ds: ds_config.JSON, world: World) -> Trainer:
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
         keep_checkpoints=config.keep_checkpoints,
+        keep_every=config.keep_every,
+        start_from=config.start_from or None,
+        faults=config.faults,
+        interruption=interruption,
     )
+
+
+def _load_initial_weights(model: SimCLR, file: Path) -> None:
+    """Load a whole model, or an encoder alone.
+
+    Raises:
+        ConfigError: If the file is no safetensors file, or its tensors are not the model's.
+    """
+    try:
+        state = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"initial_weights {file} cannot be read ({error}): give a safetensors file, e.g. "
+            "RUN/checkpoints/step-*/model.safetensors."
+        ) from error
+    whole = any(key.startswith("projection_head.") for key in state)
+    target = model if whole or any(k.startswith("encoder.") for k in state) else model.encoder
+    if target is model and not whole:
+        state = {key.removeprefix("encoder."): value for key, value in state.items()}
+        target = model.encoder
+    wanted = {key: tuple(value.shape) for key, value in target.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if wrong := sorted(k for k in wanted.keys() | found if wanted.get(k) != found.get(k)):
+        key = wrong[0]
+        raise ConfigError(
+            f"initial_weights {file} do not fit the model: {len(wrong)} tensors differ, the first "
+            f"is {key}: {found.get(key, 'missing')} there, {wanted.get(key, 'missing')} here. Use "
+            "the encoder and head they were trained with."
+        )
+    target.load_state_dict(state)
 
 
 def _refuse_another_run(run_dir: Path, config: Config) -> None:

@@ -11,11 +11,13 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import os
 
 import tyro
 
 from fastclr.cli import guard
 from fastclr.config import Config
+from fastclr.interruption import EXIT_PEER_LOST, EXIT_PREEMPTED, Interruption
 from fastclr.recipes import RECIPES
 
 
@@ -36,10 +38,19 @@ def main() -> int:
         f"of {first.recipe}. What the DeepSpeed JSON sets is not set here.",
     )
 
-    from fastclr.runs import train
-
     typed = [word for word in sys.argv if not word.startswith("--local_rank=")]
-    return guard(lambda: train(config, first.ds_config, command=["deepspeed", *typed]))
+
+    def command() -> None:
+        from fastclr.runs import train  # takes seconds, in which a signal is noted already
+
+        train(config, first.ds_config, ["deepspeed", *typed], interruption)
+
+    with Interruption() as interruption:
+        code = guard(command)
+    if code in (EXIT_PREEMPTED, EXIT_PEER_LOST, 130):
+        sys.stdout.flush()
+        os._exit(code)  # without waiting for threads and ranks that may be what hangs
+    return code
 
 
 if __name__ == "__main__":

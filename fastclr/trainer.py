@@ -8,94 +8,40 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
-import socket
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from torch import nn
 
-from fastclr import checkpointing
+from fastclr import checkpointing, engine
+from fastclr.agreement import FiniteGuard, NonFiniteLoss, StopVote
 from fastclr.batch import Batch
-from fastclr.batch_norm import share_statistics
+from fastclr.checkpointing import Retention
 from fastclr.clock import Clock
-from fastclr.config import ConfigError, raise_all
-from fastclr.ds_config import JSON, engine_problems, read
+from fastclr.config import ConfigError, FaultsConfig, raise_all
+from fastclr.contracts import BatchSource, Evaluation, Summary
+from fastclr.ds_config import JSON, read
+from fastclr.files import write_json
+from fastclr.interruption import Interruption, Preempted, WaitInterrupted
 from fastclr.losses import gradient_cache
 from fastclr.metrics import MetricsLog, Row, memory_gib
-from fastclr.optim import LARS, parameter_groups
+from fastclr.optim import LARS
 from fastclr.optim.schedules import Schedule
 from fastclr.simclr import SimCLR
+from fastclr.watchdog import Watchdog
 from fastclr.world import World
 
 logger = logging.getLogger(__name__)
 
 ScheduleKind = Literal["cosine", "constant", "none"]
-MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
-
-
-class BatchSource(Protocol):
-    """What the trainer needs of a loader: endless batches and an exact position."""
-
-    micro_batch_size: int
-    batches_per_epoch: int
-    wait_seconds: float
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield batches from the current position on, without end."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position after the last batch handed out."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after a position; refuse one of other data."""
-        ...
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run was.
-
-    Attributes:
-        steps: Optimizer steps.
-        images: Source images seen over all ranks; each gave two views.
-        epochs: The same in epochs.
-        training_seconds: Time in training over all starts, checkpoints left out.
-        program_seconds: Time of the last start, from the trainer's creation.
-        images_per_second: images / training_seconds.
-        data_wait_fraction: Part of this start's training time spent waiting for the loader.
-        num_ranks: Processes.
-        checkpoint: Folder of the last checkpoint.
-    """
-
-    steps: int
-    images: int
-    epochs: float
-    training_seconds: float
-    program_seconds: float
-    images_per_second: float
-    data_wait_fraction: float
-    num_ranks: int
-    checkpoint: str
-
-
-def device_of(world: World) -> torch.device:
-    """Return this rank's CUDA device, or the CPU where there is none."""
-    return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else _CPU
-
-
-_CPU = torch.device("cpu")
 
 
 class Trainer:
@@ -115,7 +61,13 @@ class Trainer:
         world: Which rank of how many; None for what the launcher says.
         log_every: Steps between log rows.
         checkpoint_every: Steps between checkpoints; 0 for the end of each epoch.
-        keep_checkpoints: Checkpoints kept.
+        keep_checkpoints: Last checkpoints kept.
+        keep_every: Checkpoints at multiples of so many steps are kept too; 0 for none.
+        start_from: Checkpoint of another run that a new run goes on from.
+        evaluation: Called every ``evaluate_every`` steps; the best checkpoint by it is kept.
+        evaluate_every: Steps between evaluations; 0 for the end of each epoch.
+        faults: What is done when something goes wrong.
+        interruption: Catches signals; None to catch them in :meth:`fit`.
     """
 
     def __init__(
@@ -134,6 +86,12 @@ class Trainer:
         log_every: int = 10,
         checkpoint_every: int = 0,
         keep_checkpoints: int = 2,
+        keep_every: int = 0,
+        start_from: str | Path | None = None,
+        evaluation: Evaluation | None = None,
+        evaluate_every: int = 0,
+        faults: FaultsConfig = FaultsConfig(),  # noqa: B008
+        interruption: Interruption | None = None,
     ) -> None:
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.ds_config = dict(ds_config) if isinstance(ds_config, dict) else read(ds_config)
@@ -142,24 +100,37 @@ class Trainer:
         self.schedule_kind: ScheduleKind = schedule
         self.batch_norm = batch_norm
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
-        self.keep_checkpoints = keep_checkpoints
-        self.device = device_of(self.world)
+        self.retention = Retention(keep_checkpoints, keep_every)
+        self.start_from = Path(start_from) if start_from else None
+        self.evaluation, self.evaluate_every = evaluation, evaluate_every
+        self.faults, self.interruption = faults, interruption or Interruption()
+        self.device = engine.device_of(self.world)
         self.engine: Any = None  # DeepSpeed's types deny what its engines have
         self.step = 0
         self.images = 0
+        self.skipped_steps = 0
+        self.best_score = -math.inf
         self.total_steps: int | None = None
         self.clock = Clock()
         self._seconds_before = 0.0  # training time of earlier starts
+        self._saved_step = -1
+        self._finite = FiniteGuard(self.world)
+        self._watchdog = Watchdog(
+            faults.watchdog_seconds, self.world.rank, self.world.num_ranks, self.run_dir
+        )
 
     def train_step(
         self, batch: Batch, statistics: dict[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """Take one optimizer step on a batch; nothing here waits for the device.
+        """Take one optimizer step on a batch; the device is never left waiting.
 
         Returns:
             The loss of this rank's anchors, detached.
+
+        Raises:
+            NonFiniteLoss: On every rank if one's loss is not finite; nothing was updated.
         """
-        loss_of = functools.partial(self.loss, statistics=statistics)
+        loss_of = functools.partial(self._watched_loss, statistics=statistics)
         self._set_rate()
         # Randomness inside the model is a function of its coordinates: nothing to save or restore.
         place = self.step * self.world.num_ranks + self.world.rank
@@ -173,10 +144,22 @@ class Trainer:
         else:
             loss = loss_of(*self._project(views_VBCHW).chunk(2))
             self.engine.backward(loss)
+            self._finite.check()
             self.engine.step()
+        self._count(batch)
+        return loss.detach()
+
+    def _watched_loss(self, *views_BD: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Return the loss, and ask all ranks whether theirs is finite."""
+        loss = self.loss(*views_BD, **kwargs)
+        self._finite.watch(loss)
+        if self.faults.non_finite == "skip":
+            self._finite.check()  # before anything of it is in a gradient
+        return loss
+
+    def _count(self, batch: Batch) -> None:
         self.step += 1
         self.images += batch.views_VBCHW.shape[1] * self.world.num_ranks
-        return loss.detach()
 
     def _project(self, views_VBCHW: torch.Tensor) -> torch.Tensor:
         """Return the projections of views, view-major."""
@@ -186,6 +169,7 @@ class Trainer:
         """Add a chunk's part of the gradient; the engine steps after the last one."""
         # The engine takes parts for losses to be averaged, and divides by their number.
         self.engine.backward(part * self.engine.gradient_accumulation_steps())
+        self._finite.check()
         self.engine.step()
 
     def fit(
@@ -202,49 +186,119 @@ class Trainer:
 
         Raises:
             ConfigError: If the length, the engine's configuration or a checkpoint is unusable.
-            FloatingPointError: If the loss is not finite.
+            FloatingPointError: If the loss or a weight is not finite; nothing of it was saved.
+            Preempted: After SIGTERM or SIGUSR1, once what was done is saved.
+            KeyboardInterrupt: After SIGINT, likewise.
+            PeerLost: If another rank is gone.
         """
         if (epochs is None) == (minutes is None):
             raise ConfigError(f"epochs is {epochs} and minutes is {minutes}: give exactly one.")
         self.check(loader)
-        self._start_engine(loader)
-        self._resume(loader)
-        if epochs is not None:
-            self.total_steps = max(1, round(epochs * loader.batches_per_epoch))
         with ExitStack() as stack:
-            log = self._open_log(stack)
-            self._loop(loader, minutes, log)
+            stack.enter_context(self.interruption)
+            stack.enter_context(self._watchdog)
+            stack.enter_context(self._watchdog.names_lost_peers())
+            self._start_engine(loader)
+            self._resume(loader)
+            if epochs is not None:
+                self.total_steps = max(1, round(epochs * loader.batches_per_epoch))
+            self._loop(loader, minutes, self._open_log(stack))
         return self._summary(loader)
 
     def _loop(self, loader: BatchSource, minutes: float | None, log: MetricsLog | None) -> None:
-        """Step until the end; log and save on the way."""
-        every = self.checkpoint_every or loader.batches_per_epoch
+        """Step until the end; log, evaluate and save on the way."""
+        save_every = self.checkpoint_every or loader.batches_per_epoch
+        evaluate_every = self.evaluate_every or loader.batches_per_epoch
         window = _Window(self, loader)
+        position = loader.state_dict()
+        batches = iter(loader)
         self.clock.start()
-        for batch in loader:
-            if self.total_steps is not None and self.step >= self.total_steps:
-                break
+        while self.total_steps is None or self.step < self.total_steps:
+            batch = self._next(batches)
+            if batch is None:
+                self._leave(position)
             coming = self.step + 1
+            is_last = coming == self.total_steps
             should_log = coming % self.log_every == 0
-            should_save = coming % every == 0 or coming == self.total_steps
-            statistics: dict[str, torch.Tensor] | None = {} if should_log or should_save else None
-            loss = self.train_step(batch, statistics)
+            statistics: dict[str, torch.Tensor] | None = {} if should_log or is_last else None
+            loss = self._step_or_skip(batch, statistics)
+            position = loader.state_dict()
             if minutes is not None and should_log:
                 self._plan(minutes)
-            done = self.step == self.total_steps
-            should_save |= done  # a plan ends a run at a log row
-            if statistics is not None:  # a row also says that what is saved is finite
+                is_last = self.step == self.total_steps  # a plan ends a run at a log row
+            if statistics is not None and loss is not None:
                 row = window.close(loss, statistics)
                 if log:
                     log.write(row, self.total_steps)
-            if should_save:
-                self.clock.pause()
-                self._save(loader)
-                self.clock.start()
+            is_best = False
+            if self.evaluation and (is_last or self.step % evaluate_every == 0):
+                is_best = self._evaluate(self.evaluation, log)
+            if is_last or is_best or self.step % save_every == 0:
+                self._save(position, is_best)
+            if self._saved_step == self.step or is_best:
                 window.reopen()
-            if done:
-                break
         self.clock.pause()
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        """Return the next batch, or None on every rank if one of them got a signal."""
+        batch = None
+        try:
+            with self._watchdog.phase("data", self.step), self.interruption.breaks_waits():
+                batch = next(batches)
+        except WaitInterrupted:
+            pass
+        with self._watchdog.phase("waiting for the other ranks", self.step):
+            stops = self._stop_vote.any(self.interruption.requested is not None)
+        return None if stops else batch
+
+    def _leave(self, position: dict[str, Any]) -> NoReturn:
+        """Save and stop, because of a signal to one of the ranks."""
+        if self._saved_step != self.step:
+            self._save(position)
+        number = self.interruption.requested
+        message = (
+            f"stopped by {number.name if number else 'a signal to another rank'} after step "
+            f"{self.step}, which is saved: start the same command again to go on"
+        )
+        raise KeyboardInterrupt(message) if number == signal.SIGINT else Preempted(message)
+
+    def _step_or_skip(
+        self, batch: Batch, statistics: dict[str, torch.Tensor] | None
+    ) -> torch.Tensor | None:
+        """Take a step; on a loss that is not finite stop, or return None where that is allowed."""
+        try:
+            return self.train_step(batch, statistics)
+        except NonFiniteLoss as error:
+            file = self._note_batch(batch)
+            self.skipped_steps += 1
+            message = f"{error} at step {self.step + 1}; the batches are named in {file}"
+            is_tolerated = self.skipped_steps <= self.faults.most_skipped
+            if self.faults.non_finite == "stop" or not is_tolerated:
+                raise FloatingPointError(
+                    f"{message}. The run stopped before the update: lower the learning rate or "
+                    "raise the temperature, and go on or start anew."
+                ) from error
+            logger.warning("%s. The step is skipped.", message)
+            self._count(batch)
+            return None
+
+    def _note_batch(self, batch: Batch) -> Path:
+        """Write down which images this rank's step would have learned from."""
+        file = self.run_dir / "non_finite" / f"step-{self.step + 1:07d}-rank{self.world.rank}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sample_ids = batch.sample_id_B.tolist()
+        write_json(file, {"step": self.step + 1, "seed": self.seed, "sample_ids": sample_ids})
+        return file
+
+    def _evaluate(self, evaluation: Evaluation, log: MetricsLog | None) -> bool:
+        """Score the encoder; return whether it is the best so far."""
+        with self.clock.apart("evaluation"), self._watchdog.phase("evaluation", self.step):
+            scores = evaluation(self.engine.module)
+        is_best = scores["knn_top1"] > self.best_score
+        self.best_score = max(self.best_score, scores["knn_top1"])
+        if log:
+            log.write_scores(self.step, scores)
+        return is_best
 
     def _set_rate(self) -> None:
         """Set every group's rate for this step, unless the JSON's scheduler owns it."""
@@ -265,77 +319,35 @@ class Trainer:
         """Refuse what cannot work, before any device is touched; ``fit`` begins with this.
 
         Raises:
-            ConfigError: If optimizer, precision or batch sizes do not go together.
+            ConfigError: If optimizer, precision or batch sizes do not go together, or the data of
+                the evaluation cannot be scored.
         """
-        ds, batch_size = self.ds_config, loader.micro_batch_size * self.world.num_ranks
-        ours = type(self.optimizer).__name__ if self.optimizer else None
-        problems = engine_problems(ds, ours or ds.get("optimizer", {}).get("type"))
-        total = ds.get("train_batch_size", batch_size)
-        if total != batch_size or batch_size < 2:
-            problems.append(
-                f"the loader gives {loader.micro_batch_size} images a step on each of "
-                f"{self.world.num_ranks} ranks, the DeepSpeed JSON's train_batch_size is {total}: "
-                "they must be equal, and at least 2."
-            )
-        if (ours or ds.get("optimizer", {}).get("type")) == "Lamb" and self.device.type == "cpu":
-            problems.append("Lamb runs on CUDA only: DeepSpeed has no kernel of it for the CPU.")
-        half = [k for k in ("bf16", "bfloat16", "fp16") if ds.get(k, {}).get("enabled")]
-        if half and self._has_batch_norm():
-            problems.append(
-                f"{half[0]} with BatchNorm is refused: DeepSpeed casts its weights and not its "
-                "running statistics, and torch does not mix them. Use torch_autocast in the JSON "
-                '({"torch_autocast": {"enabled": true, "dtype": "bfloat16"}}), or an encoder and a '
-                "head without BatchNorm."
-            )
-        raise_all(problems)
+        images = loader.micro_batch_size
+        raise_all(engine.problems(self.model, self.optimizer, self.ds_config, images, self.world))
+        if self.evaluation:
+            self.evaluation.check()
 
     def _start_engine(self, loader: BatchSource) -> None:
-        """Build the DeepSpeed engine."""
-        ds = {k: v for k, v in self.ds_config.items() if k not in MONITORS}
-        ds.setdefault("train_batch_size", loader.micro_batch_size * self.world.num_ranks)
-        ds.setdefault("zero_allow_untested_optimizer", True)
-        ds.setdefault("zero_force_ds_cpu_optimizer", False)  # offload for LARS too
-        ds.setdefault("steps_per_print", 10**9)
-        _init_distributed(self.world, self.device)
-        self._share_batch_norm()
-        decay = ds.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
-        groups: Any = None if self.optimizer else parameter_groups(self.model, decay)
-        self.engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=self.optimizer, model_parameters=groups, config=ds
+        """Build the DeepSpeed engine and the schedule."""
+        self.engine = engine.start(
+            self.model,
+            self.optimizer,
+            self.ds_config,
+            images_per_rank=loader.micro_batch_size,
+            world=self.world,
+            global_batch_norm=self.batch_norm == "global",
+            timeout_seconds=self.faults.watchdog_seconds,
         )
-        if self._lars:
-            self._lars.attach(self.engine)
-        if self.engine.optimizer is self.engine.basic_optimizer:
-            # Not before initialize, whose broadcast refuses such weights, and not where DeepSpeed
-            # wraps the optimizer: the weights are then views of flat buffers.
-            self.engine.module.to(memory_format=torch.channels_last)
-        for group in self.engine.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
+        self._stop_vote = StopVote(self.world, self.device)
         warmup_steps = round(self.warmup_epochs * loader.batches_per_epoch)
         kind = self.schedule_kind
         self.schedule = Schedule(warmup_steps, kind) if kind != "none" else None
-
-    def _has_batch_norm(self) -> bool:
-        modules = self.model.modules()
-        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
-
-    def _share_batch_norm(self) -> None:
-        """Make BatchNorm's statistics those of all ranks, unless told otherwise."""
-        if self.world.num_ranks == 1 or not self._has_batch_norm():
-            return
-        if self.batch_norm == "global":
-            self.model = share_statistics(self.model, self.device)
-        elif self.world.is_main:
-            logger.warning(
-                "BatchNorm statistics are per rank: they leak which rows belong together (Chen et "
-                "al. 2020, section 2.2) and differ from a one-rank run."
-            )
 
     def _open_log(self, stack: ExitStack) -> MetricsLog | None:
         """Open the log on the main rank, monitors included."""
         if not self.world.is_main:
             return None
-        monitors = {k: v for k, v in self.ds_config.items() if k in MONITORS}
+        monitors = {k: v for k, v in self.ds_config.items() if k in engine.MONITORS}
         default = {"enabled": True, "output_path": str(self.run_dir), "job_name": "tensorboard"}
         monitors = monitors or {"tensorboard": default}
         master = MonitorMaster(get_monitor_config(monitors))
@@ -350,29 +362,43 @@ class Trainer:
     def _checkpoints(self) -> Path:
         return self.run_dir / "checkpoints"
 
-    def _save(self, loader: BatchSource) -> None:
+    def _save(self, position: dict[str, Any], is_best: bool = False) -> None:
         """Write a checkpoint; every rank."""
         facts = {
             "step": self.step,
             "images": self.images,
+            "skipped_steps": self.skipped_steps,
+            "best_score": None if math.isinf(self.best_score) else self.best_score,
             "total_steps": self.total_steps,
             "training_seconds": self.clock.training_seconds,
             "num_ranks": self.world.num_ranks,
-            "loader": loader.state_dict(),
+            "seed": self.seed,  # with the step, all of the generators' state
+            "loader": position,
         }
-        checkpointing.save(self.engine, self._checkpoints, facts, self.keep_checkpoints, self._lars)
+        with self.clock.apart("checkpoint"), self._watchdog.phase("checkpoint", self.step):
+            checkpointing.save(
+                self.engine, self._checkpoints, facts, self.retention, self._lars, is_best
+            )
+        self._saved_step = self.step
 
     def _resume(self, loader: BatchSource) -> None:
-        """Go on from the run's last checkpoint, or start from the model as it is."""
-        checkpoint = checkpointing.latest(self._checkpoints)
+        """Load what there is to go on from."""
+        # 1. The run's own newest whole checkpoint; 2. the one that was given; 3. the model as it
+        # is, with the initial weights it was given, or 4. those that are a function of the seed.
+        checkpoint = checkpointing.choose(self._checkpoints, self.start_from, self.device)
         if checkpoint is None:
             return
         facts = checkpointing.load(self.engine, checkpoint, self._lars)
         loader.load_state_dict(facts["loader"])
         self.step, self.images = facts["step"], facts["images"]
+        self.skipped_steps = facts["skipped_steps"]
+        if facts["best_score"] is not None:
+            self.best_score = facts["best_score"]
         self.total_steps = facts["total_steps"]
         self._seconds_before = facts["training_seconds"]
         self.clock = Clock(self._seconds_before)
+        if checkpoint.parent == self._checkpoints:
+            self._saved_step = self.step
         logger.warning("going on from %s, step %d", checkpoint, self.step)
 
     def _summary(self, loader: BatchSource) -> Summary:
@@ -383,10 +409,13 @@ class Trainer:
             images=self.images,
             epochs=self.step / loader.batches_per_epoch,
             training_seconds=seconds,
+            checkpoint_seconds=self.clock.apart_seconds["checkpoint"],
+            evaluation_seconds=self.clock.apart_seconds["evaluation"],
             program_seconds=self.clock.program_seconds,
             images_per_second=self.images / max(seconds, 1e-9),
             data_wait_fraction=loader.wait_seconds / max(seconds - self._seconds_before, 1e-9),
             num_ranks=self.world.num_ranks,
+            skipped_steps=self.skipped_steps,
             checkpoint=str(checkpointing.latest(self._checkpoints)),
         )
 
@@ -404,11 +433,7 @@ class _Window:
         self._first = (self._trainer.step, self._trainer.images, self._loader.wait_seconds)
 
     def close(self, loss: torch.Tensor, statistics: dict[str, torch.Tensor]) -> Row:
-        """Return the row of this window, and begin the next.
-
-        Raises:
-            FloatingPointError: If the loss is not finite on any rank.
-        """
+        """Return the row of this window, and begin the next."""
         trainer = self._trainer
         values = torch.stack([loss.float(), *statistics.values()]) / trainer.world.num_ranks
         dist.all_reduce(values)
@@ -417,12 +442,6 @@ class _Window:
         step, images, waited = self._first
         steps = trainer.step - step
         total = trainer.total_steps
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(
-                f"the loss is {mean_loss} at step {trainer.step}: the run stops before such "
-                "weights are saved. Lower the learning rate or raise the temperature, and start a "
-                "new run."
-            )
         row = {
             "step": trainer.step,
             "epoch": trainer.step / self._loader.batches_per_epoch,
@@ -439,29 +458,3 @@ class _Window:
         }
         self.reopen()
         return row
-
-
-def _init_distributed(world: World, device: torch.device) -> None:
-    """Join the process group; a world of one makes its own."""
-    # Compiling this CPU collective takes minutes at the first start, and a killed compilation makes
-    # later starts hang; gloo carries everything instead.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "MASTER_ADDR" not in os.environ:  # no launcher: DeepSpeed still asks for its variables
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(_free_port()),
-            RANK=str(world.rank),
-            LOCAL_RANK=str(world.local_rank),
-            WORLD_SIZE=str(world.num_ranks),
-        )
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-
-
-def _free_port() -> int:
-    """Ask the system for a free port."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -137,7 +137,8 @@ class Loader:
                 self._epoch, self._position = epoch, position
                 yield batch
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            # Without waiting: a thread may hang in a read, and the run is to stop.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _work(self) -> Iterator[tuple[int, int, Int64, Int64]]:
         """Yield (epoch, position after the batch, sample ids, positions) for ever."""

@@ -1,0 +1,158 @@
+"""From a model, an optimizer and a DeepSpeed JSON to a running engine, or a refusal before it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from fastclr.batch_norm import share_statistics
+from fastclr.ds_config import JSON, engine_problems
+from fastclr.optim import LARS, parameter_groups
+from fastclr.world import World
+
+logger = logging.getLogger(__name__)
+
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+_CPU = torch.device("cpu")
+
+
+def device_of(world: World) -> torch.device:
+    """Return this rank's CUDA device, or the CPU where there is none."""
+    return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else _CPU
+
+
+def problems(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    ds: JSON,
+    images_per_rank: int,
+    world: World,
+) -> list[str]:
+    """Say what cannot work of optimizer, precision and batch sizes, one sentence a problem.
+
+    Args:
+        model: To be trained.
+        optimizer: Optimizer object; None if the JSON describes one.
+        ds: DeepSpeed JSON.
+        images_per_rank: Images the loader gives a rank each step.
+        world: Which rank of how many.
+    """
+    name = type(optimizer).__name__ if optimizer else ds.get("optimizer", {}).get("type")
+    found = engine_problems(ds, name)
+    batch_size = images_per_rank * world.num_ranks
+    total = ds.get("train_batch_size", batch_size)
+    if total != batch_size or batch_size < 2:
+        found.append(
+            f"the loader gives {images_per_rank} images a step on each of {world.num_ranks} "
+            f"ranks, the DeepSpeed JSON's train_batch_size is {total}: they must be equal, and at "
+            "least 2."
+        )
+    if name == "Lamb" and device_of(world).type == "cpu":
+        found.append("Lamb runs on CUDA only: DeepSpeed has no kernel of it for the CPU.")
+    half = [k for k in ("bf16", "bfloat16", "fp16") if ds.get(k, {}).get("enabled")]
+    if half and _has_batch_norm(model):
+        found.append(
+            f"{half[0]} with BatchNorm is refused: DeepSpeed casts its weights and not its "
+            "running statistics, and torch does not mix them. Use torch_autocast in the JSON "
+            '({"torch_autocast": {"enabled": true, "dtype": "bfloat16"}}), or an encoder and a '
+            "head without BatchNorm."
+        )
+    return found
+
+
+def start(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    ds: JSON,
+    *,
+    images_per_rank: int,
+    world: World,
+    global_batch_norm: bool,
+    timeout_seconds: float,
+) -> Any:
+    """Join the process group and build the DeepSpeed engine; every rank calls this.
+
+    Args:
+        model: To be trained.
+        optimizer: Optimizer object; None if the JSON describes one. LARS is attached.
+        ds: DeepSpeed JSON.
+        images_per_rank: Images the loader gives a rank each step.
+        world: Which rank of how many.
+        global_batch_norm: Whether BatchNorm's statistics are those of all ranks.
+        timeout_seconds: How long a collective may wait for another rank.
+    """
+    device = device_of(world)
+    ds = {k: v for k, v in ds.items() if k not in MONITORS}
+    ds.setdefault("train_batch_size", images_per_rank * world.num_ranks)
+    ds.setdefault("zero_allow_untested_optimizer", True)
+    ds.setdefault("zero_force_ds_cpu_optimizer", False)  # offload for LARS too
+    ds.setdefault("steps_per_print", 10**9)
+    _init_distributed(world, device, timedelta(seconds=timeout_seconds))
+    if world.num_ranks > 1 and _has_batch_norm(model):
+        model = _share_batch_norm(model, device, world, global_batch_norm)
+    decay = ds.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
+    groups: Any = None if optimizer else parameter_groups(model, decay)
+    engine: Any  # DeepSpeed's types deny what its engines have
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, model_parameters=groups, config=ds
+    )
+    if isinstance(optimizer, LARS):
+        optimizer.attach(engine)
+    if engine.optimizer is engine.basic_optimizer:
+        # Not before initialize, whose broadcast refuses such weights, and not where DeepSpeed
+        # wraps the optimizer: the weights are then views of flat buffers.
+        engine.module.to(memory_format=torch.channels_last)
+    for group in engine.optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return engine
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+def _share_batch_norm(
+    model: nn.Module, device: torch.device, world: World, is_global: bool
+) -> nn.Module:
+    """Make BatchNorm's statistics those of all ranks, unless told otherwise."""
+    if is_global:
+        return share_statistics(model, device)
+    if world.is_main:
+        logger.warning(
+            "BatchNorm statistics are per rank: they leak which rows belong together (Chen et al. "
+            "2020, section 2.2) and differ from a one-rank run."
+        )
+    return model
+
+
+def _init_distributed(world: World, device: torch.device, timeout: timedelta) -> None:
+    """Join the process group; a world of one makes its own."""
+    # Compiling this CPU collective takes minutes at the first start, and a killed compilation makes
+    # later starts hang; gloo carries everything instead.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "MASTER_ADDR" not in os.environ:  # no launcher: DeepSpeed still asks for its variables
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(_free_port()),
+            RANK=str(world.rank),
+            LOCAL_RANK=str(world.local_rank),
+            WORLD_SIZE=str(world.num_ranks),
+        )
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def _free_port() -> int:
+    """Ask the system for a free port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
