@@ -59,7 +59,7 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._closed.set()
         for thread in self._threads:
-            thread.join(_ASKING_SECONDS)  # one that lives on at exit would abort the process
+            thread.join(1.0)  # one that lives on at exit would abort the process
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Ranks as forks of a process that has torch and DeepSpeed loaded: a start costs a tenth of a second."""
+"""Ranks as forks of a process that has torch loaded: a start costs a tenth of a second."""
 
 from __future__ import annotations
 
@@ -82,6 +82,12 @@ class Ranks:
                         self.codes[rank] = os.waitstatus_to_exitcode(status)
             time.sleep(0.002)
         return None not in self.codes
+
+    def wait_for(self, path: Path) -> None:
+        """Wait until a file is there; fail if the run ends before."""
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not path.exists():
+            assert time.monotonic() < deadline and not self.wait(0.005), self.said()
 
     def signal(self, number: signal.Signals, *which: int) -> None:
         """Send a signal to ranks; to all if none is named."""

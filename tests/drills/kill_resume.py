@@ -3,8 +3,9 @@
 python tests/drills/kill_resume.py [--runs 50] [--ranks 1] [--stage 0] [--seed 0]
 
 SIGKILL hits all ranks at once, at an instant drawn uniformly from a whole run: in a step, while a
-checkpoint is written, between epochs, before the first step. What counts is the end: weights, momenta,
-position and every logged loss must be equal bit for bit. One line a run; exit 1 if one differs.
+checkpoint is written, between epochs, before the first step. What counts is the end: weights,
+momenta, position and every logged loss must be equal bit for bit. One line a run; exit 1 if one
+differs.
 """
 
 from __future__ import annotations

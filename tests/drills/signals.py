@@ -1,4 +1,4 @@
-"""Send signals to a run at every kind of moment; it must save, leave with its code, and go on exactly.
+"""Send signals to a run at every kind of moment: it saves, leaves with its code, goes on exactly.
 
 python tests/drills/signals.py [--instants 12] [--seed 0]
 
@@ -59,7 +59,7 @@ def each_signal(folder: Path) -> str:
     for number, code in ((signal.SIGUSR1, 75), (signal.SIGINT, 130)):
         run_dir = folder / number.name
         run = Ranks(folder, 1, partial(train, folder, run_dir, epochs=EVER))
-        _wait_for(run, run_dir / "checkpoints/latest")
+        run.wait_for(run_dir / "checkpoints/latest")
         run.signal(number)
         _ended(run)
         assert run.codes == [code] and number.name in run.said(), (run.codes, run.said())
@@ -89,7 +89,7 @@ def in_a_wait(folder: Path) -> str:
     run_dir = folder / "wait"
     with mock.patch.object(Loader, "_make", stalls):
         run = Ranks(folder, 2, partial(train, folder, run_dir, epochs=EVER))
-    _wait_for(run, run_dir / "checkpoints/step-0000002")
+    run.wait_for(run_dir / "checkpoints/step-0000002")
     time.sleep(1)
     run.signal(signal.SIGTERM)
     seconds = _ended(run)
@@ -102,7 +102,7 @@ def in_a_save(folder: Path) -> str:
     run_dir = folder / "save"
     with mock.patch.object(checkpointing, "sync", lambda _: time.sleep(0.3)):
         run = Ranks(folder, 1, partial(train, folder, run_dir, epochs=EVER))
-    _wait_for(run, run_dir / "checkpoints/.step-0000002.partial/model.safetensors")
+    run.wait_for(run_dir / "checkpoints/.step-0000002.partial/model.safetensors")
     run.signal(signal.SIGTERM)
     _ended(run)
     assert run.codes == [75] and _last_step(run_dir) == 2, (run.codes, run.said())
@@ -118,7 +118,7 @@ def twice(folder: Path) -> str:
     with mock.patch.object(online, "OnlineEvaluation", return_value=evaluation):
         work = partial(train, folder, run_dir, checkpoint_every=2, evaluation=_scored(folder))
         run = Ranks(folder, 1, work)
-    _wait_for(run, run_dir / "checkpoints/step-0000004")
+    run.wait_for(run_dir / "checkpoints/step-0000004")
     time.sleep(1)
     run.signal(signal.SIGTERM)
     time.sleep(0.2)
@@ -148,12 +148,6 @@ def _ended(run: Ranks) -> float:
     started = time.monotonic()
     assert run.wait(WITHIN_SECONDS), f"{run.codes}: {[run.said(r) for r in range(len(run.ids))]}"
     return time.monotonic() - started
-
-
-def _wait_for(run: Ranks, path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline and not run.wait(0.005), run.said()
 
 
 def _wait_for_handlers(run: Ranks) -> None:
