@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import timm
@@ -53,8 +54,8 @@ class Encoder(nn.Module):
             ) from error
         for module in self.network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.register_forward_pre_hook(_remember_once)
-                module.register_forward_hook(_remember_again)
+                hook = functools.partial(_remember_once, module.momentum)
+                module.register_forward_pre_hook(hook)
 
     def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         """Return ``h_NF`` for floating-point images in 0..1."""
@@ -95,14 +96,13 @@ def from_config(config: EncoderConfig) -> Encoder:
     return encoder
 
 
-def _remember_once(norm: Any, _: Any) -> None:
-    """Keep a BatchNorm's running statistics out of what the backward pass computes again."""
+def _remember_once(momentum: float | None, norm: Any, _: Any) -> None:
+    """Keep out of a BatchNorm's running statistics what the backward pass computes again."""
     # Inside a backward pass, and nowhere else, there is a graph task.
-    norm.track_running_stats = torch._C._current_graph_task_id() == -1
-
-
-def _remember_again(norm: Any, *_: Any) -> None:
-    norm.track_running_stats = True
+    is_again = torch._C._current_graph_task_id() != -1
+    norm.momentum = 0.0 if is_again else momentum
+    if is_again and norm.training and norm.track_running_stats:
+        norm.num_batches_tracked.sub_(1)  # the forward adds it; torch may break that off later
 
 
 def _resnet(name: str, width: float, stem: str) -> ResNet:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import timm
 import torch
@@ -126,3 +128,32 @@ def test_what_does_not_exist_is_refused_with_a_remedy(settings, message):
 def test_a_near_name_is_offered():
     with pytest.raises(ConfigError, match="convnext_atto"):
         encoders.create("convnext_attto")
+
+
+def test_checkpointed_activations_change_nothing_but_memory():
+    torch.manual_seed(0)
+    plain = encoders.create("resnet10", width=0.25, stem="small").double()
+    checkpointed = deepcopy(plain)
+    checkpointed.checkpoint_activations()
+    images_NCHW = torch.rand(6, 3, 16, 16, dtype=torch.float64)
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    checkpointed.network.layer3[0].register_forward_pre_hook(count)
+    for encoder in (plain, checkpointed):
+        for _ in range(2):
+            encoder(images_NCHW).square().sum().backward()
+    assert calls == 4, "nothing was computed again"
+    for (name, p), q in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-12, atol=1e-12, msg=name)
+    for (name, p), q in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-12, atol=1e-12, msg=name)
+    assert plain.eval()(images_NCHW).allclose(checkpointed.eval()(images_NCHW))
+
+
+def test_a_model_that_cannot_checkpoint_says_so():
+    with pytest.raises(ConfigError, match=r"leave encoder\.activation_checkpointing off"):
+        encoders.from_config(EncoderConfig("dla34", activation_checkpointing=True))

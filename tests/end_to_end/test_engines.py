@@ -36,6 +36,15 @@ CASES = {
         {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}},
         NO_BATCH_NORM,
     ),
+    "compiled": (
+        {"zero_optimization": {"stage": 1}},
+        "--compile --views.size 16 --head.depth 3 --encoder.name test_resnet --encoder.width 1 "
+        "--encoder.stem imagenet",
+    ),
+    "activations checkpointed, stage 3": (
+        {"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 2},
+        "--encoder.activation-checkpointing",
+    ),
     "LARS, BatchNorm, autocast": (
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
         "",

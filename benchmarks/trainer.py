@@ -1,0 +1,222 @@
+"""What the trainer costs beside its mathematics, and how it does against lightly on Lightning.
+
+python benchmarks/trainer.py [--blocks 8] [--steps 30] [--rounds 2]
+
+First the trainer, on DeepSpeed, against a bare loop of forward, loss, backward and optimizer on an
+equal model and the same batches: blocks of ten steps in turn, in one process. Then images per
+second from files to weights: our shards, loader and trainer, and lightly's transform, loss and
+Lightning loop with torch's DataLoader, on the same images, encoder, batch and cores, in turn.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from harness import facts, write_rows
+from peers import simclr as lightly
+
+from fastclr import Trainer, losses
+from fastclr.batch import Batch
+from fastclr.config import Config
+from fastclr.facts import now
+from fastclr.files import write_durably
+from fastclr.optim import LARS
+from fastclr.recipes import RECIPES
+from fastclr.simclr import SimCLR
+from pipelines import ShardSet, SimCLRPolicy, make_loader
+from pipelines.photos import write_photo_tiles
+from pipelines.writer import write_shards
+
+BLOCK = 10  # steps; the trainer logs once in each
+RESULTS = Path(__file__).with_name("results") / "trainer.md"
+HEADING = "## Measured\n"  # what stands below is replaced
+TARGETS = {"overhead": 0.03, "lightly": 1.3}
+
+
+class BareLoop:
+    """Forward, loss, backward, optimizer: nothing else."""
+
+    def __init__(self, config: Config) -> None:
+        self.model = SimCLR.from_config(config).to(memory_format=torch.channels_last)
+        self.loss = losses.from_config(config.loss)
+        self.optimizer = LARS.for_module(self.model, learning_rate=0.1)
+
+    def run(self, batches: list[Batch]) -> float:
+        """Take a step on each; return the seconds."""
+        before = time.perf_counter()
+        for batch in batches:
+            loss = self.loss(*self.model(batch.views_VBCHW).z_ND.chunk(2))
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return time.perf_counter() - before
+
+
+class Alternating:
+    """A loader whose batches are there already, and that runs the bare loop between blocks."""
+
+    def __init__(self, config: Config, blocks: int) -> None:
+        batch_size, size = config.global_batch_size or 0, config.views.size
+        generator = torch.Generator().manual_seed(0)
+        views = torch.randint(0, 256, (2, batch_size, size, size, 3), generator=generator)
+        views_VBCHW = views.to(torch.uint8).permute(0, 1, 4, 2, 3)
+        ids = torch.arange(batch_size)
+        self._batches = [Batch(views_VBCHW, ids, ids)] * BLOCK
+        self._bare = BareLoop(config)
+        self.micro_batch_size, self.wait_seconds = batch_size, 0.0
+        self.batches_per_epoch = (blocks + 1) * BLOCK
+        self.seconds: list[tuple[float, float]] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            bare = self._bare.run(self._batches)
+            before = time.perf_counter()
+            yield from self._batches
+            self.seconds.append((time.perf_counter() - before, bare))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to go on from."""
+
+
+def trainer_of(config: Config, run_dir: Path) -> Trainer:
+    """Return a trainer that saves at the end alone."""
+    model = SimCLR.from_config(config)
+    return Trainer(
+        model,
+        loss=losses.from_config(config.loss),
+        optimizer=LARS.for_module(model, learning_rate=0.1),
+        ds_config={},
+        run_dir=run_dir,
+        checkpoint_every=10**9,
+    )
+
+
+def overhead(config: Config, blocks: int, folder: Path) -> list[tuple[float, float]]:
+    """Return seconds of trainer and bare loop, a pair for each block; the first is a warm-up."""
+    source = Alternating(config, blocks)
+    # One step more, so that the last block's end is seen; an epoch is exactly the blocks.
+    epochs = (source.batches_per_epoch + 1) / source.batches_per_epoch
+    trainer_of(config, folder / "overhead").fit(source, epochs=epochs)
+    return source.seconds[1:]
+
+
+def ours_per_second(shards: Path, config: Config, warm_up: int, steps: int, run_dir: Path) -> float:
+    """Return images per second of our trainer, from shards."""
+    loader = make_loader(
+        ShardSet.open(shards),
+        SimCLRPolicy(**asdict(config.views)),
+        micro_batch_size=config.global_batch_size or 0,
+    )
+    ends: list[float] = []
+
+    class Timed:
+        """The loader, and when each batch was asked for: when the step before was done."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(loader, name)
+
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in loader:
+                ends.append(time.perf_counter())
+                yield batch
+
+    epochs = (warm_up + steps + 1) / loader.batches_per_epoch
+    trainer_of(config, run_dir).fit(Timed(), epochs=epochs)
+    return loader.micro_batch_size * steps / (ends[warm_up + steps] - ends[warm_up])
+
+
+def end_to_end(config: Config, rounds: int, steps: int, folder: Path) -> list[dict[str, Any]]:
+    """Return a row for each of ours and lightly's, with the speeds of every round."""
+    warm_up = max(2, steps // 3)
+    per_photo = -(-4 * (config.global_batch_size or 0) // 16)
+    write_photo_tiles(folder / "images", train_per_photo=per_photo, test_per_photo=1)
+    write_shards(folder / "images" / "train", folder / "shards")
+    speeds: dict[str, list[float]] = {"fastclr": []}
+    for round_ in range(rounds):
+        ours = ours_per_second(folder / "shards", config, warm_up, steps, folder / f"run{round_}")
+        speeds["fastclr"].append(ours)
+        for workers in (1, 2):
+            found = lightly.images_per_second(
+                folder / "images" / "train", config, workers, warm_up, steps
+            )
+            speeds.setdefault(f"lightly on Lightning, {workers} workers", []).append(found)
+    return [{"what": name, "images_per_second": values} for name, values in speeds.items()]
+
+
+def page(blocks: list[tuple[float, float]], rows: list[dict[str, Any]], config: Config) -> str:
+    """Return the results as Markdown."""
+    about = facts()
+    ratios = [ours / bare for ours, bare in blocks]
+    cost = statistics.median(ratios) - 1
+    best = max(statistics.median(row["images_per_second"]) for row in rows[1:])
+    factor = statistics.median(rows[0]["images_per_second"]) / best
+    met = {True: "met", False: "**missed**"}
+    lines = [
+        f"{now()[:10]}, `python benchmarks/trainer.py`, {about['hardware']['processor']}, "
+        f"{about['threads']} threads, torch {about['versions']['torch']}, fp32: "
+        f"{config.encoder.name}, width {config.encoder.width}, {config.views.size} px, batch "
+        f"{config.global_batch_size}.",
+        "",
+        "| | asked | measured | |",
+        "|---|--:|--:|---|",
+        f"| trainer over bare loop, median of {len(blocks)} blocks of {BLOCK} steps | <= "
+        f"{TARGETS['overhead']:.0%} | {cost:.1%} | {met[cost <= TARGETS['overhead']]} |",
+        f"| images/s over the best of lightly's | >= {TARGETS['lightly']} | {factor:.2f} | "
+        f"{met[factor >= TARGETS['lightly']]} |",
+        "",
+        f"Step: trainer {1e3 * statistics.median(o for o, _ in blocks) / BLOCK:.1f} ms, bare loop "
+        f"{1e3 * statistics.median(b for _, b in blocks) / BLOCK:.1f} ms; block by block "
+        f"{', '.join(f'{ratio - 1:+.1%}' for ratio in ratios)}.",
+        "",
+        "| images/s, from files to weights | median | lowest | highest |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        low, middle, high = (f(row["images_per_second"]) for f in (min, statistics.median, max))
+        lines.append(f"| {row['what']} | {middle:.0f} | {low:.0f} | {high:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    blocks: int = 8,
+    steps: int = 30,
+    rounds: int = 2,
+    batch: int = 256,
+    out: Path = RESULTS,
+) -> None:
+    """Measure, and write the page.
+
+    Args:
+        blocks: Blocks of ten steps, of trainer and bare loop each.
+        steps: Steps of each end-to-end measurement.
+        rounds: End-to-end measurements of each.
+        batch: Images in a batch.
+        out: Page whose tables are replaced; the rows go beside it, as .jsonl.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    config = replace(RECIPES["cifar10-cpu"](), global_batch_size=batch)
+    with tempfile.TemporaryDirectory() as name:
+        pairs = overhead(config, blocks, Path(name))
+        rows = end_to_end(config, rounds, steps, Path(name))
+    text = page(pairs, rows, config)
+    before = out.read_text(encoding="utf-8").partition(HEADING)[0] if out.exists() else ""
+    write_durably(out, f"{before}{HEADING}\n{text}")
+    write_rows(out.with_suffix(".jsonl"), [{"facts": facts(), "blocks": pairs}, *rows])
+    print(text)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
