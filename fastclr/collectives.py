@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,14 +20,35 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if num_ranks(group) > 1 else 0
 
 
+def host_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:
+    """Return a group of the same ranks whose collectives wait for hosts, and for no device."""
+    return group if dist.get_backend(group) == "gloo" else gloo_twin(group)
+
+
+@functools.cache
+def gloo_twin(group: dist.ProcessGroup | None) -> Any:
+    """Make a gloo group of the same ranks, once; its ranks call this together."""
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+
 def shapes(rows_ND: torch.Tensor, group: dist.ProcessGroup | None = None) -> list[list[int]]:
-    """Return (N, D) of every rank; a small all-gather that the host waits for."""
+    """Return (N, D) of every rank; a small all-gather over the hosts."""
     if num_ranks(group) == 1:
         return [list(rows_ND.shape)]
-    shape = torch.tensor([*rows_ND.shape], device=rows_ND.device)
+    shape = torch.tensor([*rows_ND.shape])
     gathered = shape.new_empty(num_ranks(group), 2)
-    dist.all_gather(list(gathered), shape, group=group)
+    dist.all_gather(list(gathered), shape, group=host_group(group))
     return gathered.tolist()
+
+
+def any_rank(flag: bool) -> bool:
+    """Return whether any rank's flag is true; every rank calls this at the same place."""
+    if num_ranks() == 1:
+        return flag
+    flags = torch.tensor([float(flag)])
+    dist.all_reduce(flags, group=host_group())
+    return bool(flags.item())
 
 
 def all_gather(

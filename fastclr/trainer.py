@@ -21,8 +21,7 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from torch import nn
 
-from fastclr import checkpointing, engine
-from fastclr.agreement import FiniteGuard, NonFiniteLoss, StopVote
+from fastclr import checkpointing, collectives, engine
 from fastclr.batch import Batch
 from fastclr.checkpointing import Retention
 from fastclr.clock import Clock
@@ -30,6 +29,7 @@ from fastclr.config import ConfigError, FaultsConfig, raise_all
 from fastclr.contracts import BatchSource, Evaluation, Summary
 from fastclr.ds_config import JSON, read
 from fastclr.files import write_json
+from fastclr.finite import FiniteGuard, NonFiniteLoss
 from fastclr.interruption import Interruption, Preempted, WaitInterrupted
 from fastclr.losses import gradient_cache
 from fastclr.metrics import MetricsLog, Row, memory_gib
@@ -248,7 +248,7 @@ class Trainer:
         except WaitInterrupted:
             pass
         with self._watchdog.phase("waiting for the other ranks", self.step):
-            stops = self._stop_vote.any(self.interruption.requested is not None)
+            stops = collectives.any_rank(self.interruption.requested is not None)
         return None if stops else batch
 
     def _leave(self, position: dict[str, Any]) -> NoReturn:
@@ -338,7 +338,6 @@ class Trainer:
             global_batch_norm=self.batch_norm == "global",
             timeout_seconds=self.faults.watchdog_seconds,
         )
-        self._stop_vote = StopVote(self.world, self.device)
         warmup_steps = round(self.warmup_epochs * loader.batches_per_epoch)
         kind = self.schedule_kind
         self.schedule = Schedule(warmup_steps, kind) if kind != "none" else None

@@ -35,6 +35,14 @@ def test_shapes_of_all_ranks(everyone):
     assert all(found["shapes"] == [[count, 2] for count in COUNTS] for found in everyone)
 
 
+def test_hosts_agree_without_a_device(everyone):
+    for found in everyone:
+        assert found["host_group"] == [True, True]
+        assert found["gloo_twin"] == [3, 3]
+        assert found["part"] == [1, 2]
+        assert found["any_rank"] == [True, False]
+
+
 @pytest.mark.parametrize("name", ["all_gather", "gather_rows"])
 def test_gathered_rows_lie_in_rank_order(everyone, name):
     assert all(found[name] == ALL_ROWS for found in everyone)
@@ -67,6 +75,7 @@ def test_the_ring_shows_every_rank_once_ours_first(everyone):
 def test_one_process_is_its_own_world():
     rows = rows_of(0)
     assert (collectives.num_ranks(), collectives.rank()) == (1, 0)
+    assert collectives.any_rank(True) and not collectives.any_rank(False)
     assert collectives.shapes(rows) == [[2, 2]]
     assert collectives.all_gather(rows, [2]) is rows
     assert collectives.gather_rows(rows) is rows
@@ -95,7 +104,16 @@ def main(rendezvous: str, result: str) -> None:
     weights = torch.arange(1, len(gathered) + 1)[:, None]
     (gradient,) = torch.autograd.grad((gathered * weights * (rank + 1)).sum(), rows)
     sources = torch.full((len(rows), 1), rank)
+    twin = collectives.gloo_twin(None)
+    others = dist.new_group([1, 2])
+    in_twin = rows.new_tensor([rank])
+    dist.all_reduce(in_twin, group=twin)
     found = {
+        "host_group": [collectives.host_group() is None, collectives.gloo_twin(None) is twin],
+        "gloo_twin": [in_twin.item(), dist.get_world_size(twin)],
+        # Ranks 1 and 2 alone make this one.
+        "part": dist.get_process_group_ranks(collectives.gloo_twin(others)) if rank else [1, 2],
+        "any_rank": [collectives.any_rank(rank == 2), collectives.any_rank(False)],
         "shapes": collectives.shapes(rows),
         "all_gather": collectives.all_gather(rows.detach(), COUNTS).tolist(),
         "gather_rows": gathered.tolist(),

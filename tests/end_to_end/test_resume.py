@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 
+import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import load_file
@@ -67,6 +68,51 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(commands, photos, tmp_p
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
 
 
+def rank_process(process, rank):
+    """Return the process of a rank that a launcher started."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            try:
+                is_rank = child.environ().get("RANK") == str(rank)
+                if is_rank and "fastclr/train.py" in child.cmdline():
+                    return child
+            except psutil.Error:
+                continue
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_launchers_pass_on_a_preemption_and_restart_a_dead_rank(commands, photos, tmp_path):
+    def train(run_dir):
+        flags = (
+            *SETTINGS,
+            "--epochs",
+            "3",
+            "--checkpoint-every",
+            "5",
+            "--data.train",
+            photos.train,
+        )
+        return commands.train(*flags, "--run-dir", run_dir, ranks=2)
+
+    assert commands.run(*train(tmp_path / "whole")).returncode == 0
+    run_dir = tmp_path / "stopped"
+    process = commands.start(*train(run_dir))
+    wait_for(run_dir / "checkpoints/step-0000005", process)
+    rank_process(process, 1).terminate()
+    assert process.wait(60) == 75
+    saved = json.loads((run_dir / "checkpoints/latest").read_text())
+    assert saved < "step-0000015", "stopped too late to tell"
+
+    command = train(run_dir)
+    start = ["torchrun", "--nproc-per-node", "2", "--max-restarts", "1"]
+    process = commands.start(*start, *command[command.index("fastclr/train.py") :])
+    wait_for(run_dir / "checkpoints/step-0000015", process)
+    rank_process(process, 1).kill()
+    assert process.wait(120) == 0
+    assert commands.losses(run_dir) == commands.losses(tmp_path / "whole")
+
+
 def test_other_ranks_and_stages_go_on_from_whole_layers(commands, photos, tmp_path):
     # Without BatchNorm, which multiplies rounding from step to step.
     plain = (
@@ -93,6 +139,13 @@ def test_other_ranks_and_stages_go_on_from_whole_layers(commands, photos, tmp_pa
         resumed = commands.losses(run_dir)
         assert list(resumed) == list(range(1, 21))
         assert max(abs(resumed[step] - whole[step]) for step in whole) < 1e-5
+        ends = [
+            p / "checkpoints/step-0000020/model.safetensors" for p in (tmp_path / "whole", run_dir)
+        ]
+        one, other = (np.concatenate([w.ravel() for w in load_file(end).values()]) for end in ends)
+        distance = np.linalg.norm(one - other) / np.linalg.norm(one)
+        print(f"{ranks} ranks, stage {stage}: weights {distance:.1e} from those of one whole run")
+        assert distance < 1e-6
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(commands, photos, tmp_path):
@@ -106,6 +159,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(commands, photos, tmp_path):
     done = commands.run(*command)
     assert done.returncode == 78
     assert "mp_rank_00_model_states.pt does not have the sha256" in done.stderr
+    assert "no whole checkpoint of the 1 there" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,8 +1,6 @@
-"""What all ranks decide together, so that none goes on alone: to stop, or not to take a step."""
+"""A loss that is not finite on one rank stops the update of all."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,30 +18,6 @@ class NonFiniteLoss(FloatingPointError):
     def __init__(self, ranks: list[int]) -> None:
         super().__init__(f"the loss of rank {', '.join(map(str, ranks))} is not finite")
         self.ranks = ranks
-
-
-class StopVote:
-    """Whether any rank wants to stop; every rank asks at the same place.
-
-    Args:
-        world: Which rank of how many.
-        device: Of the default process group. Beside NCCL the votes go over gloo: the host waits for
-            the other hosts, and for no device.
-    """
-
-    def __init__(self, world: World, device: torch.device) -> None:
-        self._num_ranks = world.num_ranks
-        self._group: Any = None
-        if world.num_ranks > 1 and device.type == "cuda":
-            self._group = dist.new_group(backend="gloo")
-
-    def any(self, vote: bool) -> bool:
-        """Return whether any rank voted yes."""
-        if self._num_ranks == 1:
-            return vote
-        votes = torch.tensor([float(vote)])
-        dist.all_reduce(votes, group=self._group)
-        return bool(votes.item())
 
 
 class FiniteGuard:
