@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,21 @@ DEFAULT_OPTIMIZER = OptimizerConfig(
 )
 OPTIMIZERS = ("LARS", "SGD", "Adam", "AdamW", "Lamb")
 NUMBERS = ("learning_rate", "weight_decay", "momentum", "trust_coefficient")
+# What DeepSpeed 0.19.8 reads; it passes over any other key without a word.
+KEYS = frozenset({
+    "activation_checkpointing", "aio", "autotuning", "bf16", "bfloat16", "checkpoint", "comet",
+    "comms_logger", "communication_data_type", "compile", "csv_monitor", "data_efficiency",
+    "data_types", "dataloader_drop_last", "datastates_ckpt", "disable_allgather",
+    "disable_python_gc", "dump_state", "expert_parallel", "flops_profiler", "fp16",
+    "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping",
+    "gradient_predivide_factor", "hybrid_engine", "log_level", "managed_gradient_accumulation",
+    "memory_breakdown", "optimizer", "pipeline", "prescale_gradients", "scheduler",
+    "seq_parallel_communication_data_type", "steps_per_print", "tensor_parallel", "tensorboard",
+    "timers", "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "use_data_before_expert_parallelism", "wall_clock_breakdown", "wandb",
+    "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+})  # fmt: skip
 FORMS = ("denominator", "rate_inside_momentum", "clip", "nesterov")  # of LARS
 
 
@@ -245,12 +261,42 @@ def engine_problems(ds: JSON, optimizer_name: str | None) -> list[str]:
     problems: list[str] = []
     if optimizer_name is None:
         problems.append("there is no optimizer: pass one, or describe it in the DeepSpeed JSON.")
+    problems += _key_problems(ds)
     stage = ds.get("zero_optimization", {}).get("stage", 0)
     if ds.get("fp16", {}).get("enabled") and stage == 0:
         problems.append(
             "fp16 at ZeRO stage 0 is refused: DeepSpeed 0.19.8 divides the gradients by a loss "
             "scale that it has not multiplied the loss by, so every optimizer steps wrongly. Use "
             "stage 1, 2 or 3, or bf16."
+        )
+    return problems
+
+
+def _key_problems(ds: JSON) -> list[str]:
+    """Say which keys would train something else than they say."""
+    near = {key: get_close_matches(key, KEYS, 1, 0.8) for key in sorted(ds.keys() - KEYS)}
+    problems = [
+        f"{key!r} in the DeepSpeed JSON is no key that DeepSpeed reads: it would be passed over "
+        f"without a word. Did you mean {found[0]!r}?"
+        for key, found in near.items()
+        if found
+    ]
+    if ds.get("gradient_allreduce_op", "mean") != "mean":
+        problems.append(
+            f"gradient_allreduce_op is {ds['gradient_allreduce_op']!r} in the DeepSpeed JSON: the "
+            "losses count on the mean over ranks, any other gradient is too large by the number of "
+            "ranks. Remove it."
+        )
+    if not ds.get("managed_gradient_accumulation", True):
+        problems.append(
+            "managed_gradient_accumulation is false in the DeepSpeed JSON: the optimizer would "
+            "step after each chunk of a batch. Remove it."
+        )
+    if "activation_checkpointing" in ds:
+        problems.append(
+            "activation_checkpointing is in the DeepSpeed JSON: DeepSpeed applies it only where a "
+            "model calls its functions, and no encoder of timm does. Remove it and pass "
+            "--encoder.activation-checkpointing."
         )
     return problems
 

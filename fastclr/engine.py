@@ -10,9 +10,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import nn
 
 from fastclr.batch_norm import share_statistics
+from fastclr.config import ConfigError
 from fastclr.ds_config import JSON, engine_problems
 from fastclr.optim import LARS, parameter_groups
 from fastclr.world import World
@@ -87,6 +89,9 @@ def start(
         world: Which rank of how many.
         global_batch_norm: Whether BatchNorm's statistics are those of all ranks.
         timeout_seconds: How long a collective may wait for another rank.
+
+    Raises:
+        ConfigError: If DeepSpeed refuses its JSON.
     """
     device = device_of(world)
     ds = {k: v for k, v in ds.items() if k not in MONITORS}
@@ -94,15 +99,19 @@ def start(
     ds.setdefault("zero_allow_untested_optimizer", True)
     ds.setdefault("zero_force_ds_cpu_optimizer", False)  # offload for LARS too
     ds.setdefault("steps_per_print", 10**9)
+    ds.setdefault("gradient_clipping", 0.0)  # since 0.19 DeepSpeed clips at norm 1 unless told
     _init_distributed(world, device, timedelta(seconds=timeout_seconds))
     if world.num_ranks > 1 and _has_batch_norm(model):
         model = _share_batch_norm(model, device, world, global_batch_norm)
     decay = ds.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
     groups: Any = None if optimizer else parameter_groups(model, decay)
     engine: Any  # DeepSpeed's types deny what its engines have
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, model_parameters=groups, config=ds
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, model_parameters=groups, config=ds
+        )
+    except (AssertionError, ValueError, DeepSpeedConfigError) as error:
+        raise ConfigError(f"DeepSpeed {deepspeed.__version__} refuses its JSON: {error}") from error
     if isinstance(optimizer, LARS):
         optimizer.attach(engine)
     if engine.optimizer is engine.basic_optimizer:
