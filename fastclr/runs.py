@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fastclr import checkpointing, ds_config, losses
+from fastclr.batch import Batch
 from fastclr.config import Config, ConfigError
 from fastclr.engine import device_of
-from fastclr.evaluation import knn, linear
+from fastclr.evaluation import knn, linear, online
 from fastclr.evaluation.features import Features, Pixels, extract
 from fastclr.facts import hardware, now, num_cores, redacted, versions
 from fastclr.files import write_json
@@ -36,7 +37,7 @@ from pipelines.loader import evaluation_batches
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
-NUM_PAIRS, NUM_THUMBNAILS = 12, 1000
+NUM_PAIRS, NUM_THUMBNAILS, NUM_WATCHED = 12, 1000, 256
 
 # May change between the starts of one run; everything else is what the run is.
 VOLATILE = (
@@ -84,6 +85,8 @@ def train(
         prefetch=config.data.prefetch,
     )
     trainer = _trainer(config, ds, world, interruption)
+    trainer.evaluation = _online_evaluation(config, shard_set, world)
+    trainer.evaluate_every = config.evaluation.every_epochs * loader.batches_per_epoch
     trainer.check(loader)
     facts = {
         "config": asdict(config),
@@ -159,6 +162,30 @@ def _trainer(
         start_from=config.start_from or None,
         faults=config.faults,
         interruption=interruption,
+    )
+
+
+def _online_evaluation(
+    config: Config, shard_set: ShardSet, world: World
+) -> online.OnlineEvaluation | None:
+    """Score held-out images while training, and watch some training images for collapse."""
+    settings = config.evaluation
+    if not settings.test:
+        return None
+    names = (settings.train or config.data.train, settings.test)
+    sets = [_image_set(name, config.views.size, settings.most_images, world) for name in names]
+    pairs = _first_batch(config, shard_set, config.data.backend, NUM_WATCHED, world)
+    return online.OnlineEvaluation(*sets, pairs_VBCHW=pairs.views_VBCHW)
+
+
+def _image_set(path: str, size: int, most: int, world: World) -> online.ImageSet:
+    """Describe the first images of a shard set to the online evaluation."""
+    shard_set = ShardSet.open(path)
+    return online.ImageSet(
+        name=path,
+        label_X=shard_set.label_N[:most],
+        num_classes=shard_set.num_classes,
+        batches=lambda: evaluation_batches(shard_set, size, world=world, limit=most),
     )
 
 
@@ -358,16 +385,22 @@ def report(run_dir: Path) -> Path:
 
 def _view_pairs(config: Config, shard_set: ShardSet) -> list[ViewPair]:
     """Draw the first epoch's views of a few images, as training saw them."""
-    policy = SimCLRPolicy(**asdict(config.views))
-    order = make_loader(
-        shard_set,
-        policy,
-        micro_batch_size=min(NUM_PAIRS, len(shard_set)),
-        seed=config.seed,
-        backend="reference",
-        world=World(),
-    )
-    batch = next(iter(order))
+    batch = _first_batch(config, shard_set, "reference", NUM_PAIRS, World())
     images = [shard_set[int(i)] for i in batch.sample_id_B]
     views = batch.views_VBCHW.permute(0, 1, 3, 4, 2).numpy()
     return list(zip(images, views[0], views[1], strict=True))
+
+
+def _first_batch(
+    config: Config, shard_set: ShardSet, backend: str, num_images: int, world: World
+) -> Batch:
+    """Return this rank's part of the first images of epoch 0, as training sees them."""
+    loader = make_loader(
+        shard_set,
+        SimCLRPolicy(**asdict(config.views)),
+        micro_batch_size=max(1, min(num_images, len(shard_set)) // world.num_ranks),
+        seed=config.seed,
+        backend=backend,
+        world=world,
+    )
+    return next(iter(loader))

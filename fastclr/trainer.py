@@ -32,7 +32,7 @@ from fastclr.files import write_json
 from fastclr.finite import FiniteGuard, NonFiniteLoss
 from fastclr.interruption import Interruption, Preempted, WaitInterrupted
 from fastclr.losses import gradient_cache
-from fastclr.metrics import MetricsLog, Row, memory_gib
+from fastclr.metrics import MetricsLog, Row, RowLog, memory_gib
 from fastclr.optim import LARS
 from fastclr.optim.schedules import Schedule
 from fastclr.simclr import SimCLR
@@ -114,6 +114,7 @@ class Trainer:
         self.clock = Clock()
         self._seconds_before = 0.0  # training time of earlier starts
         self._saved_step = -1
+        self._scores: RowLog | None = None
         self._finite = FiniteGuard(self.world)
         self._watchdog = Watchdog(
             faults.watchdog_seconds, self.world.rank, self.world.num_ranks, self.run_dir
@@ -232,7 +233,7 @@ class Trainer:
                     log.write(row, self.total_steps)
             is_best = False
             if self.evaluation and (is_last or self.step % evaluate_every == 0):
-                is_best = self._evaluate(self.evaluation, log)
+                is_best = self._evaluate(self.evaluation, self.step / loader.batches_per_epoch)
             if is_last or is_best or self.step % save_every == 0:
                 self._save(position, is_best)
             if self._saved_step == self.step or is_best:
@@ -290,14 +291,16 @@ class Trainer:
         write_json(file, {"step": self.step + 1, "seed": self.seed, "sample_ids": sample_ids})
         return file
 
-    def _evaluate(self, evaluation: Evaluation, log: MetricsLog | None) -> bool:
+    def _evaluate(self, evaluation: Evaluation, epoch: float) -> bool:
         """Score the encoder; return whether it is the best so far."""
         with self.clock.apart("evaluation"), self._watchdog.phase("evaluation", self.step):
             scores = evaluation(self.engine.module)
         is_best = scores["knn_top1"] > self.best_score
         self.best_score = max(self.best_score, scores["knn_top1"])
-        if log:
-            log.write_scores(self.step, scores)
+        if self._scores:
+            seconds = self.clock.apart_seconds["evaluation"]
+            place = {"step": self.step, "images": self.images, "epoch": epoch}
+            self._scores.write({**place, **scores, "evaluation_seconds": seconds})
         return is_best
 
     def _set_rate(self) -> None:
@@ -350,6 +353,10 @@ class Trainer:
         default = {"enabled": True, "output_path": str(self.run_dir), "job_name": "tensorboard"}
         monitors = monitors or {"tensorboard": default}
         master = MonitorMaster(get_monitor_config(monitors))
+        if self.evaluation:
+            file = self.run_dir / "evaluations.jsonl"
+            self._scores = RowLog(file, self.step, master.write_events, "evaluation")
+            stack.callback(self._scores.close)
         file = self.run_dir / "metrics.jsonl"
         return stack.enter_context(MetricsLog(file, self.step, master.write_events))
 
