@@ -9,7 +9,7 @@ DS_CONFIG := fastclr/recipes/fp32.json
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo cifar10 test check format clean
+.PHONY: demo cifar10 test verify drills check format clean
 .DELETE_ON_ERROR:
 
 demo: data/demo/train/manifest.json data/demo/test/manifest.json
@@ -26,6 +26,14 @@ cifar10: data/cifar10/train/manifest.json data/cifar10/test/manifest.json
 
 test: .venv/.installed
 	python -m pytest $(FLAGS)
+
+# The whole of the drills: half an hour; a small part of each is in the suite.
+drills: .venv/.installed
+	python tests/drills/kill_resume.py --runs 50
+	python tests/drills/kill_resume.py --runs 50 --ranks 2 --stage 1
+	python tests/drills/signals.py --instants 50
+	python tests/drills/faults.py
+	python tests/drills/two_hosts.py
 
 check: .venv/.installed
 	ruff format --check .

@@ -29,6 +29,8 @@ SHORTENED = {
     "--large-sizes 128 --repeats 3 --out results",
     "python benchmarks/lars.py": "python benchmarks/lars.py --models 1000-tensors --rounds 3 "
     "--out lars.md",
+    "python benchmarks/trainer.py": "python benchmarks/trainer.py --blocks 1 --steps 2 --rounds 1 "
+    "--batch 16 --out trainer.md",
     "python benchmarks/kernels_aot.py": "python benchmarks/kernels_aot.py --match 'D=16$' --chips "
     "80 --out aot.md",
     "make cifar10 MINUTES=24": f"{MAKE} cifar10 MINUTES=0.1 FLAGS='--global-batch-size 16'",
