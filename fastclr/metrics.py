@@ -47,8 +47,41 @@ def read_rows(file: Path) -> list[Row]:
     return rows
 
 
+class RowLog:
+    """Appends rows to a file, whole and readable at once, and tells monitors of them.
+
+    Args:
+        file: JSON lines file; goes on after the last row of an earlier start.
+        start_step: Rows after this step are dropped: they were never checkpointed.
+        write_events: Gets (name, value, images) for monitors such as TensorBoard.
+        prefix: What the names of events begin with.
+    """
+
+    def __init__(
+        self, file: Path, start_step: int, write_events: Callable[[Events], None], prefix: str
+    ) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_rows(file) if row["step"] <= start_step]
+        write_durably(file, "".join(json.dumps(row) + "\n" for row in kept))
+        self._stream = file.open("a", encoding="utf-8")
+        self._write_events, self._prefix = write_events, prefix
+
+    def write(self, row: Row) -> None:
+        """Write one row; it has step and images."""
+        self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+        skipped = ("step", "images", "eta_seconds")
+        self._write_events(
+            [(f"{self._prefix}/{k}", v, row["images"]) for k, v in row.items() if k not in skipped]
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
 class MetricsLog:
-    """Writes the rows of a run; use as a context on the main rank.
+    """Writes the rows of a run's steps; use as a context on the main rank.
 
     On a terminal it shows a progress bar, elsewhere a plain line every ten seconds.
 
@@ -61,11 +94,7 @@ class MetricsLog:
     def __init__(
         self, file: Path, start_step: int, write_events: Callable[[Events], None] = lambda _: None
     ) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_rows(file) if row["step"] <= start_step]
-        write_durably(file, "".join(json.dumps(row) + "\n" for row in kept))
-        self._stream = file.open("a", encoding="utf-8")
-        self._write_events = write_events
+        self._rows = RowLog(file, start_step, write_events, "train")
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("training"),
@@ -88,7 +117,7 @@ class MetricsLog:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        self._stream.close()
+        self._rows.close()
 
     def write(self, row: Row, total_steps: int | None) -> None:
         """Write one row.
@@ -98,12 +127,7 @@ class MetricsLog:
                 images_per_second, data_wait_fraction, memory_gib and eta_seconds (or None).
             total_steps: Length of the run, or None while it is unknown.
         """
-        self._stream.write(json.dumps(row) + "\n")
-        self._stream.flush()
-        skipped = ("step", "images", "eta_seconds")
-        self._write_events(
-            [(f"train/{key}", row[key], row["images"]) for key in row if key not in skipped]
-        )
+        self._rows.write(row)
         line = _line(row, total_steps)
         self._progress.update(self._task, total=total_steps, completed=row["step"], line=line)
         now = time.monotonic()

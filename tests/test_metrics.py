@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from fastclr.config import ConfigError
-from fastclr.metrics import MetricsLog, memory_gib, read_rows
+from fastclr.metrics import MetricsLog, RowLog, memory_gib, read_rows
 
 
 def row(step: int, **changes) -> dict:
@@ -102,6 +103,24 @@ def test_events_leave_out_what_is_no_measurement(tmp_path):
     assert not names & {"train/step", "train/images", "train/eta_seconds"}
     assert len(names) == len(row(3)) - 3
     assert {images for _, _, images in event} == {192}
+
+
+def test_other_rows_have_a_file_and_a_prefix_of_their_own(tmp_path, capsys):
+    file, events = tmp_path / "run" / "evaluations.jsonl", []
+    rows = [{"step": s, "epoch": s / 10, "images": 64 * s, "knn_top1": 0.5} for s in (10, 20, 30)]
+    log = RowLog(file, 0, events.append, "evaluation")
+    for each in rows:
+        log.write(each)
+        assert read_rows(file)[-1] == each  # readable at once
+    log.close()
+    assert events[1] == [("evaluation/epoch", 2.0, 1280), ("evaluation/knn_top1", 0.5, 1280)]
+    with contextlib.closing(RowLog(file, 20, events.append, "evaluation")) as log:
+        assert read_rows(file) == rows[:2]  # step 30 was never checkpointed
+        log.write(rows[2])
+    assert read_rows(file) == rows
+    with pytest.raises(ValueError, match="closed"):
+        log.write(rows[2])
+    assert capsys.readouterr() == ("", "")
 
 
 def test_off_a_terminal_there_are_plain_lines_every_ten_seconds(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,14 @@ from fastclr.optim.segments import SegmentTable
 logger = logging.getLogger(__name__)
 
 Denominator = Literal["decayed_gradient", "sum_of_norms"]
-Impl = Literal["auto", "torch", "triton", "apex"]
+Impl = Literal["auto", "torch", "numba", "triton", "apex"]
+# Imported at the first use.
+COMPILED = {"numba": "fastclr.kernels.lars_numba", "triton": "fastclr.kernels.lars"}
+# What "auto" takes; torch for the rest.
+FASTEST = {
+    **{("cpu", dtype): "numba" for dtype in (torch.float32, torch.float64)},
+    **{("cuda", dtype): "triton" for dtype in (torch.float16, torch.bfloat16, torch.float32)},
+}
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -92,8 +99,9 @@ class LARS(torch.optim.Optimizer):
             (v <- momentum * v + ratio * g; w <- w - lr * v, as in torch.optim.SGD).
         clip: Whether the ratio is min(ratio / lr, 1).
         nesterov: Whether the step looks ahead, as in torch.optim.SGD.
-        impl: ``torch``; ``triton`` or ``apex`` (its norms, see ``fastclr/optim/apex.py``) on CUDA;
-            ``auto`` for Triton on CUDA and torch elsewhere. None of them waits for the device.
+        impl: ``torch``; ``numba`` on the CPU, in single and double precision; ``triton`` or
+            ``apex`` (its norms, see ``fastclr/optim/apex.py``) on CUDA; ``auto`` for numba or
+            Triton where they can, and torch for the rest. None of them waits for the device.
 
     Raises:
         ValueError: If a value is out of range.
@@ -128,8 +136,8 @@ class LARS(torch.optim.Optimizer):
             if value not in known:
                 raise ValueError(f"LARS got {name} {value!r}: give one of {', '.join(known)}.")
         self._impl: Impl = impl
-        if impl == "triton":
-            _triton()
+        if impl in COMPILED:
+            _module(impl)
         elif impl == "apex":
             apex.load()
         self._layers: dict[int, torch.Tensor] = {}
@@ -268,55 +276,57 @@ class LARS(torch.optim.Optimizer):
             kernels.update(w, g, v, scale=scale, rate=rate, **{name: group[name] for name in names})
 
     def _cut(self, parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield weight, gradient and momentum of each layer, or piece of one, as flat views."""
+        """Yield weight, gradient and momentum of each layer, or piece of one; all contiguous."""
         state = self.state[parameter]
-        momentum = state.get("momentum_buffer")
-        momentum = torch.zeros_like(parameter) if momentum is None else momentum
-        state["momentum_buffer"] = momentum = _laid_out_like(parameter, momentum)
-        gradient = _laid_out_like(parameter, _gradient(parameter))
-        flat = (_flat(parameter), _flat(gradient), _flat(momentum))
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        gradient, momentum = _gradient(parameter), state["momentum_buffer"]
+        whole = (parameter, gradient, momentum)
+        if not all(map(torch.Tensor.is_contiguous, whole)):
+            state["momentum_buffer"] = momentum = _laid_out_like(parameter, momentum)
+            gradient = _laid_out_like(parameter, gradient)
+            whole = (_in_order(parameter), _in_order(gradient), _in_order(momentum))
         if id(parameter) in self._layers:
-            yield flat
+            yield whole
             return
         for segment in self._attached().buffers[id(parameter)].segments:
-            yield tuple(t.narrow(0, segment.start, segment.numel) for t in flat)
+            yield tuple(t.view(-1).narrow(0, segment.start, segment.numel) for t in whole)
 
     def _kernels(self, tensor: torch.Tensor) -> ModuleType:
         """Return the module of ``sums_of_squares`` and ``update`` for tensors like this one."""
-        if self._impl == "apex":
-            return apex
-        if self._impl == "torch" or (self._impl == "auto" and tensor.device.type != "cuda"):
-            return lars_torch
+        if self._impl != "auto":
+            return _module(self._impl)
+        impl = FASTEST.get((tensor.device.type, tensor.dtype), "torch")
         try:
-            kernels = _triton()
-            if self._impl == "auto":
+            kernels = _module(impl)
+            if impl == "triton":
                 kernels.check(tensor)
         except KernelUnavailable as error:
-            if self._impl == "triton":
-                raise
             logger.warning("LARS goes on with impl='torch': %s", error)
             self._impl = "torch"
             return lars_torch
         return kernels
 
 
-def _triton() -> ModuleType:
-    """Return the Triton kernels.
+def _module(impl: str) -> ModuleType:
+    """Return the module of an implementation.
 
     Raises:
-        KernelUnavailable: If there is no Triton here.
+        KernelUnavailable: If what it is built on is not here.
     """
+    if impl in ("torch", "apex"):
+        return lars_torch if impl == "torch" else apex
     try:
-        return importlib.import_module("fastclr.kernels.lars")
+        return importlib.import_module(COMPILED[impl])
     except ImportError as error:
         raise KernelUnavailable(
-            f"LARS(impl='triton') needs Triton ({error}): pip install triton, or use impl='auto'."
+            f"LARS(impl='{impl}') needs {impl} ({error}): pip install {impl}, or use impl='auto'."
         ) from error
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     """Return the gradient in the parameter's precision."""
-    gradient = cast(torch.Tensor, parameter.grad)
+    gradient: torch.Tensor = parameter.grad  # pyright: ignore[reportAssignmentType]
     return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
 
 
@@ -324,22 +334,20 @@ def _laid_out_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tenso
     """Return the tensor with its elements in memory in the parameter's order."""
     if tensor.stride() == parameter.stride():
         return tensor
-    if parameter.is_contiguous() and tensor.is_contiguous():  # lengths of 1 have any stride
-        return tensor
     return torch.empty_like(parameter).copy_(tensor)
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a flat view in the order of memory, channels-last or any other."""
+def _in_order(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous view in the order of memory, channels-last or any other."""
     if tensor.is_contiguous():
-        return tensor.view(-1)
-    tensor = tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim)))
-    if not tensor.is_contiguous():
+        return tensor
+    ordered = tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim)))
+    if not ordered.is_contiguous():
         raise RuntimeError(
             f"LARS was given a weight of shape {tuple(tensor.shape)}, strides {tensor.stride()}: "
             "it is not one block of memory. Make it contiguous before the optimizer."
         )
-    return tensor.view(-1)
+    return ordered
 
 
 def _sum_over_ranks(

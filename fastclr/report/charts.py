@@ -84,6 +84,32 @@ def line_chart(
     return _svg(figure, name, f"{y_label} over {x_label}")
 
 
+def series_chart(
+    name: str, x_N: np.ndarray, series: Mapping[str, np.ndarray], *, x_label: str, y_label: str
+) -> Markup:
+    """Draw fractions as they are, with a dot for each measurement.
+
+    Args:
+        name: Chart name, unique on the page.
+        x_N: Horizontal values, shape (N,), N >= 1.
+        series: Two series by their names in the legend; shape (N,), values 0..1.
+        x_label: Label of the horizontal axis, with the unit.
+        y_label: Label of the vertical axis; also the text alternative.
+
+    Returns:
+        An `<svg>` element.
+    """
+    figure, axes = _axes()
+    for (label, y_N), color in zip(series.items(), (_FIRST, _SECOND), strict=True):
+        axes.plot(x_N, y_N, color=color, linewidth=2, marker="o", markersize=4, label=label)
+    highest = max(y_N.max() for y_N in series.values())
+    axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, 1.08 * highest or 1))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    _legend(axes)
+    return _svg(figure, name, f"{y_label} over {x_label}: {', '.join(series)}")
+
+
 def score_chart(name: str, scores: Mapping[str, Mapping[str, float]], *, chance: float) -> Markup:
     """Draw linear and kNN top-1 of the trained encoder beside its two baselines.
 
@@ -103,9 +129,7 @@ def score_chart(name: str, scores: Mapping[str, Mapping[str, float]], *, chance:
     axes.axhline(chance, color=_INK, linewidth=1.2, linestyle=":")
     axes.set_xticks(np.arange(2), ["linear top-1", "kNN top-1"])
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.legend(
-        frameon=False, ncols=3, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.02)
-    )
+    _legend(axes)
     return _svg(figure, name, "linear and kNN top-1 accuracy: trained, untrained, pixels")
 
 
@@ -204,6 +228,13 @@ def _axes() -> tuple[Figure, Axes]:
     axes.xaxis.label.set_color(_INK)
     axes.yaxis.label.set_color(_INK)
     return figure, axes
+
+
+def _legend(axes: Axes) -> None:
+    """Name the series above the chart."""
+    axes.legend(
+        frameon=False, ncols=3, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.02)
+    )
 
 
 def _svg(figure: Figure, name: str, description: str) -> Markup:

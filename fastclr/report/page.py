@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fastclr.config import ConfigError
+from fastclr.evaluation import ridge
 from fastclr.evaluation.projection_2d import tsne
 from fastclr.files import write_durably, write_json
 from fastclr.report import charts, template
@@ -62,6 +63,8 @@ _METRICS = (
     "data_wait_fraction",
     "training_seconds",
 )
+_EVALUATIONS = ("epoch", "linear_top1", "knn_top1")
+_RANK = "h_effective_rank"
 _REMEDY = (
     "Restore it from a copy of the run, or run the training or evaluation that wrote it again."
 )
@@ -82,7 +85,8 @@ def write_report(
 
     Args:
         run_dir: Folder with `config.json`, `metrics.jsonl` and `summary.json`; `scores.json` and
-            `features/{h,label}_test.npy` where the run was evaluated.
+            `features/{h,label}_test.npy` where the run was evaluated; `evaluations.jsonl` where it
+            was evaluated while training.
         view_pairs: (source, view 0, view 1), each uint8 (H, W, 3) of any size, for the sheet of
             augmented views; without them there is no sheet.
         thumbnails: uint8 (H, W, 3); thumbnail i shows row i of `h_test.npy`. With fewer of them
@@ -99,6 +103,7 @@ def write_report(
     record = _read_object(run_dir / "config.json")
     summary = _read_object(run_dir / "summary.json")
     metrics = _read_metrics(run_dir / "metrics.jsonl")
+    evaluations = _read_evaluations(run_dir / "evaluations.jsonl")
     has_scores = (run_dir / "scores.json").exists()
     scores = _read_object(run_dir / "scores.json") if has_scores else None
     report = _report(record, summary, scores)
@@ -107,6 +112,7 @@ def write_report(
         fill(template.NOTE, note=note) if note else Markup(),
         _scores(scores) if scores else fill(template.NO_SCORES, run=shlex.quote(str(run_dir))),
         _learning(record["config"], metrics),
+        _evaluations(evaluations) if evaluations else Markup(),
         _throughput(summary, metrics),
         _views(view_pairs) if view_pairs else Markup(),
         _tsne(run_dir / "features", scores, thumbnails),
@@ -145,15 +151,28 @@ def _read_metrics(path: Path) -> dict[str, np.ndarray]:
     lines = path.read_bytes().splitlines()
     if not lines:
         raise ConfigError(f"{path} is empty: there is no curve to draw. Train with --log-every 1.")
-    rows = [_read_row(path, number, line) for number, line in enumerate(lines, start=1)]
-    return dict(zip(_METRICS, np.array(rows).T, strict=True))
+    return _columns(path, lines, _METRICS)
 
 
-def _read_row(path: Path, number: int, line: bytes) -> list[float]:
-    """Read one logged row, in the order of `_METRICS`."""
+def _read_evaluations(path: Path) -> dict[str, np.ndarray]:
+    """Read the scores taken while training as columns; nothing where there are none."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    # An evaluation without pairs of views has no monitors.
+    monitored = all(f'"{_RANK}"'.encode() in line for line in lines)
+    return _columns(path, lines, (*_EVALUATIONS, _RANK) if monitored else _EVALUATIONS)
+
+
+def _columns(path: Path, lines: Sequence[bytes], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the rows in the lines as one finite float64 column a name; {} for no line."""
+    rows = [_read_row(path, number, line, names) for number, line in enumerate(lines, start=1)]
+    return dict(zip(names, np.array(rows).T, strict=True)) if rows else {}
+
+
+def _read_row(path: Path, number: int, line: bytes, names: Sequence[str]) -> list[float]:
+    """Read one logged row, in the order of the names."""
     try:
         document = json.loads(line)
-        row = {key: float(document[key]) for key in _METRICS}
+        row = {key: float(document[key]) for key in names}
         if not all(map(math.isfinite, row.values())):
             raise ValueError(f"not finite: {row}")
         return list(row.values())
@@ -268,6 +287,31 @@ def _learning(config: Mapping, metrics: Mapping[str, np.ndarray]) -> Markup:
         batch=batch,
         chance=f"{1 / batch:.2%}",
         chance_loss=f"{chance_loss:.2f}",
+    )
+
+
+def _evaluations(evaluations: Mapping[str, np.ndarray]) -> Markup:
+    """Return the curves of the scores and of the effective rank while training."""
+    epoch_N, rank = evaluations["epoch"], template.NO_RANK
+    scores = {"linear top-1": evaluations["linear_top1"], "kNN top-1": evaluations["knn_top1"]}
+    if _RANK in evaluations:
+        chart = charts.line_chart(
+            "rank",
+            epoch_N,
+            evaluations[_RANK],
+            x_label="epoch",
+            y_label="effective rank of h",
+            from_zero=True,
+        )
+        rank = fill(template.RANK, chart=chart, last=f"{evaluations[_RANK][-1]:.1f}")
+    return fill(
+        template.EVALUATIONS,
+        chart=charts.series_chart(
+            "online", epoch_N, scores, x_label="epoch", y_label="top-1 accuracy"
+        ),
+        rank=rank,
+        last=", ".join(f"{name} {value_N[-1]:.1%}" for name, value_N in scores.items()),
+        protocol=ridge.PROTOCOL,
     )
 
 

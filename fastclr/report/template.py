@@ -217,6 +217,23 @@ logged step; bold: running mean.</figcaption></figure>
 batch, by the projection z. Dotted: chance = 1 / $batch = $chance.</figcaption></figure>
 </div></section>""")
 
+EVALUATIONS = Template("""<section><h2>Online evaluation</h2>
+<div class="pair">
+<figure class="panel">$chart
+<figcaption>Top-1 accuracy of the frozen encoder while training, on a fixed part of the labelled
+images; at the end $last. Compare the points of a curve with each other, not with the final scores:
+those rest on all images and a slower linear probe. Here: $protocol</figcaption></figure>
+$rank
+</div></section>""")
+
+RANK = Template("""<figure class="panel">$chart
+<figcaption>Effective rank of the representation h of one fixed batch of views: over how many
+directions they spread, as exp of the entropy of the singular values; at the end $last. A fall
+towards 1 is a collapse.</figcaption></figure>""")
+
+# Keeps the chart beside it as wide as all others.
+NO_RANK = Markup("<div></div>")
+
 THROUGHPUT = Template("""<section><h2>Throughput and data wait</h2>
 <div class="pair">
 <figure class="panel">$speed

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from fastclr.kernels import KernelUnavailable, lars_torch
 from fastclr.optim import LARS, parameter_groups
 
 STEPS = 10
@@ -142,7 +138,7 @@ def test_a_zero_gradient_moves_nothing_and_divides_by_nothing():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", "numba", "triton"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on NaN, where it interprets
 def test_a_gradient_that_is_not_finite_shows_in_the_weights(bad, impl):
     # The ratio must not turn it into a step of 0, or of another length; the run is to stop.
@@ -267,7 +263,7 @@ def channels_last(shape):
         lambda: torch.randn(3, 4)[1:],
     ],
 )
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", "numba", "triton"])
 def test_any_order_of_memory(make, impl):
     torch.manual_seed(0)
     weight = make()
@@ -299,112 +295,6 @@ def test_precisions_may_be_mixed():
     LARS(parameters, lr=1.0, trust_coefficient=0.5, weight_decay=0.0).step()
     for p in parameters:
         assert torch.equal(p.detach().double(), torch.full((3, 4), 0.5).double())
-
-
-# Implementations
-
-
-def ends_of(impl):
-    """Return weights after some steps in single precision."""
-    module = model().float()
-    lars = LARS.for_module(module, LR, weight_decay=DECAY, trust_coefficient=TRUST, impl=impl)
-    for step in range(STEPS):
-        generator = torch.Generator().manual_seed(step)
-        for p in module.parameters():
-            p.grad = torch.randn(p.shape, generator=generator)
-        lars.step()
-    return torch.cat([p.detach().flatten() for p in module.parameters()])
-
-
-def test_triton_steps_like_torch():
-    torch.testing.assert_close(ends_of("triton"), ends_of("torch"), rtol=1e-6, atol=1e-6)
-
-
-def test_without_triton_the_explicit_choice_is_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastclr.kernels.lars", None)
-    with pytest.raises(KernelUnavailable, match=r"needs Triton .*impl='auto'"):
-        LARS([torch.ones(2, 2, requires_grad=True)], lr=0.1, impl="triton")
-
-
-def cuda_step(impl, **options):
-    """Take a step on tensors of a GPU that is not there and have shapes alone."""
-    with FakeTensorMode():
-        parameters = [torch.ones(n, 3, device="cuda", requires_grad=True) for n in (4, 5)]
-        for p in parameters:
-            p.grad = torch.ones_like(p)
-        lars = LARS(parameters, lr=0.1, impl=impl, **options)
-        lars.step()
-        lars.step()
-
-
-def test_auto_says_once_why_it_takes_torch(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "fastclr.kernels.lars", None)
-    cuda_step("auto")
-    assert len(caplog.records) == 1
-    assert "goes on with impl='torch'" in caplog.text and "pip install triton" in caplog.text
-
-
-@pytest.mark.parametrize("denominator", ["decayed_gradient", "sum_of_norms"])
-@pytest.mark.parametrize("rate_inside_momentum", [True, False])
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_a_step_on_the_gpu_never_waits_for_it(denominator, rate_inside_momentum, clip, nesterov):
-    # Tensors without values: whatever reads one on the host raises.
-    form = {"rate_inside_momentum": rate_inside_momentum, "clip": clip, "nesterov": nesterov}
-    cuda_step("torch", denominator=denominator, **form)
-
-
-def test_a_wait_would_be_seen(monkeypatch):
-    update = lars_torch.update
-
-    def reading(w, g, v, *, scale, **options):
-        update(w, g, v, scale=scale[0].item(), **options)
-
-    monkeypatch.setattr(lars_torch, "update", reading)
-    with pytest.raises(DataDependentOutputException):
-        cuda_step("torch")
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """Put modules in apex's place whose functions have the signatures of its own."""
-    calls = []
-
-    def multi_tensor_l2norm(chunk_size, noop_flag, tensor_lists, per_tensor=False):
-        assert chunk_size == 65536 and noop_flag.dtype == torch.int32 and per_tensor is True
-        (tensors,) = tensor_lists
-        calls.append(len(tensors))
-        norms = torch.stack([t.float().norm() for t in tensors])
-        return norms.norm()[None], norms
-
-    def multi_tensor_applier(op, noop_flag_buffer, tensor_lists, *args):
-        return op(65536, noop_flag_buffer, tensor_lists, *args)
-
-    amp_c = SimpleNamespace(multi_tensor_l2norm=multi_tensor_l2norm)
-    apply = SimpleNamespace(multi_tensor_applier=multi_tensor_applier)
-    for name, module in {
-        "amp_C": amp_c, "apex": SimpleNamespace(), "apex.multi_tensor_apply": apply,
-    }.items():  # fmt: skip
-        monkeypatch.setitem(sys.modules, name, module)
-    return calls
-
-
-def test_apex_steps_like_torch(stand_in):
-    torch.testing.assert_close(ends_of("apex"), ends_of("torch"), rtol=1e-6, atol=1e-6)
-    assert stand_in == [2, 2] * STEPS, "two launches a step, each over all adapted layers"
-
-
-@pytest.mark.parametrize("missing", ["amp_C", "apex.multi_tensor_apply"])
-def test_without_apex_the_explicit_choice_is_refused(monkeypatch, stand_in, missing):
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(KernelUnavailable, match=r"build it as fastclr/optim/apex.py says"):
-        LARS([torch.ones(2, 2, requires_grad=True)], lr=0.1, impl="apex")
-
-
-def test_another_apex_is_refused(monkeypatch, stand_in):
-    monkeypatch.setitem(sys.modules, "amp_C", SimpleNamespace())
-    with pytest.raises(KernelUnavailable, match="multi_tensor_l2norm"):
-        LARS([torch.ones(2, 2, requires_grad=True)], lr=0.1, impl="apex")
 
 
 # Groups

@@ -64,6 +64,24 @@ def test_every_form_follows_its_reference(form):
             torch.testing.assert_close(momentum, v, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("impl", ["numba", "torch"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_single_precision_errs_no_more_than_the_reference(form, impl):
+    generator = torch.Generator().manual_seed(0)
+    w, g, v = (size * torch.randn(300, 400, generator=generator) for size in (1.0, 0.1, 0.1))
+    exact = lars_step(w.double(), g.double(), v.double(), **VALUES, **form)
+    reference = lars_step(w, g, v, **VALUES, **form)
+    p = nn.Parameter(w)
+    p.grad = g
+    optimizer = LARS([p], **VALUES, **form, impl=impl)
+    optimizer.state[p]["momentum_buffer"] = v
+    optimizer.step()
+    for found, theirs, wanted in zip((w, v), reference, exact, strict=True):
+        error = (found - wanted).norm() / wanted.norm()
+        assert error < 1.05 * (theirs - wanted).norm() / wanted.norm()
+        assert error < 6e-8  # half a unit in the last place
+
+
 def test_the_forms_differ():
     ends = []
     for form in FORMS:
@@ -167,10 +185,11 @@ def test_a_rate_of_zero_moves_nothing():
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ratio_one_is_sgd_bit_for_bit(nesterov, weight_decay, foreach, dtype):
+@pytest.mark.parametrize("impl", ["numba", "torch"])
+def test_ratio_one_is_sgd_bit_for_bit(nesterov, weight_decay, foreach, dtype, impl):
     ours, theirs = make_parameters(dtype), make_parameters(dtype)
     values = {"lr": 0.1, "momentum": 0.9, "weight_decay": weight_decay, "nesterov": nesterov}
-    mine = LARS(ours, adapt=False, rate_inside_momentum=False, **values)
+    mine = LARS(ours, adapt=False, rate_inside_momentum=False, impl=impl, **values)
     sgd = torch.optim.SGD(theirs, foreach=foreach, **values)
     assert all(map(torch.equal, train(mine, ours), train(sgd, theirs)))
     for p, q in zip(ours, theirs, strict=True):

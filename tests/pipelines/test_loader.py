@@ -284,6 +284,39 @@ def test_evaluation_sees_every_image_once_in_order(shard_set: ShardSet, batch_si
     assert torch.equal(x_NCHW, whole)
 
 
+@pytest.mark.parametrize("limit", [None, 1, 2, 13, 21, 99])
+@pytest.mark.parametrize("ranks", [2, 3, 5, 30])
+def test_the_ranks_together_evaluate_every_image_once_in_order(
+    shard_set: ShardSet, ranks: int, limit: int | None
+) -> None:
+    whole = list(evaluation_batches(shard_set, 16, 21, limit=limit))
+    x_NCHW, label_N = (torch.cat(parts) for parts in zip(*whole, strict=True))
+    assert len(label_N) == min(limit or 21, 21)
+    parts = [
+        list(evaluation_batches(shard_set, 16, 2, World(r, ranks, r, ranks), limit))
+        for r in range(ranks)
+    ]
+    sizes = [sum(len(labels) for _, labels in part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    batches = [batch for part in parts for batch in part]
+    assert torch.equal(torch.cat([x for x, _ in batches]), x_NCHW)
+    assert torch.cat([y for _, y in batches]).tolist() == label_N.tolist()
+
+
+def test_a_rank_reads_its_own_part_only(picture: Any) -> None:
+    class Noted(list):
+        label_N = np.zeros(11, np.int64)
+
+        def __getitem__(self, index: Any) -> Any:
+            read.append(index)
+            return super().__getitem__(index)
+
+    read: list[int] = []
+    images = Noted([picture(16, 16, k) for k in range(11)])
+    list(evaluation_batches(images, 16, 3, World(1, 3, 1, 3), limit=10))  # type: ignore[arg-type]
+    assert read == [3, 4, 5]
+
+
 def evaluated(pixels: np.ndarray, size: int) -> np.ndarray:
     """The view of one image; a list is as good as a shard set."""
 

@@ -105,6 +105,8 @@ def report(tmp_path_factory) -> Path:
     ]
     (run_dir / "metrics.jsonl").write_text("\n".join(json.dumps(row | means) for row in rows))
     score = {"linear_top1": 0.5, "knn_top1": 0.4}
+    online = [{"epoch": k, "h_effective_rank": 5 + k, **score} for k in range(1, 9)]
+    (run_dir / "evaluations.jsonl").write_text("\n".join(map(json.dumps, online)))
     write(
         run_dir / "scores.json",
         protocol={"linear": "text", "knn": "text"},
@@ -149,7 +151,7 @@ def test_charts_and_pictures_are_visible(browser, report):
         "  return [element.id || element.className, box.width, box.height]; })"
     )
     names = [name for name, *_ in sizes]
-    charts = ["scores", "loss", "accuracy", "speed", "wait", "tsne"]
+    charts = ["scores", "loss", "accuracy", "online", "rank", "speed", "wait", "tsne"]
     assert sorted(names) == sorted([*charts, *3 * ["pixelated"], "mosaic"])
     assert all(width > 50 and height > 50 for _, width, height in sizes)
     assert browser.run("return Array.from(document.images).every(i => i.naturalWidth > 0)")

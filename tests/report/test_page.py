@@ -203,6 +203,98 @@ def test_missing_scores_say_how_to_make_them(tmp_path):
     assert json.loads((run_dir / "report.json").read_text())["scores"] is None
 
 
+def write_online(folder: Path, num_rows: int, monitored: bool = True) -> list[dict]:
+    """Write scores taken while training."""
+    rows = [
+        {
+            "step": 40 * k,
+            "epoch": k / 2,
+            "images": 256 * 40 * k,
+            "knn_top1": 0.1 + k / 100,
+            "linear_top1": 0.2 + k / 50,
+            **({"h_effective_rank": 9.0 + k, "alignment": 0.4} if monitored else {}),
+            "seconds": 2.5,
+        }
+        for k in range(1, num_rows + 1)
+    ]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def charts_of(run_dir: Path) -> list[str]:
+    """Return the names of the charts on the page."""
+    return re.findall(r'<svg class="chart" id="([a-z]+)"', write_report(run_dir).read_text())
+
+
+def test_online_evaluation_has_a_chart_of_scores_and_one_of_the_rank(tmp_path):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    write_online(run_dir, 6)
+    assert charts_of(run_dir) == ["loss", "accuracy", "online", "rank", "speed", "wait"]
+    html = (run_dir / "report.html").read_text()
+    assert "linear top-1 32.0%, kNN top-1 16.0%" in html
+    assert "at the end 15.0." in html
+    assert "Ridge regression of one-hot labels" in html
+    online = html.split('id="online"')[1].split("</svg>")[0]
+    assert "linear top-1<" in online
+    assert "kNN top-1<" in online
+    assert "var(--first)" in online
+    assert "var(--second)" in online
+    ids = re.findall(r'\sid="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_online_evaluation_without_monitors_has_no_rank(tmp_path):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    write_online(run_dir, 6, monitored=False)
+    assert charts_of(run_dir) == ["loss", "accuracy", "online", "speed", "wait"]
+
+
+def test_a_run_without_online_evaluation_has_no_section_of_it(tmp_path):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    assert charts_of(run_dir) == ["loss", "accuracy", "speed", "wait"]
+    (run_dir / "evaluations.jsonl").touch()
+    assert charts_of(run_dir) == ["loss", "accuracy", "speed", "wait"]
+    assert "Online evaluation" not in (run_dir / "report.html").read_text()
+
+
+def points(chart: str, color: str) -> list[tuple[float, float]]:
+    """Return where a chart places the dots of a series; that of the legend comes last."""
+    uses = re.findall(r'<use [^>]*?x="([\d.]+)" y="([\d.]+)" style="fill: var\(--(\w+)', chart)
+    return [(float(x), float(y)) for x, y, name in uses if name == color]
+
+
+@pytest.mark.parametrize("scores", [[0.5], [0.0, 0.0], [0.1, 0.3, 0.9]])
+def test_every_score_is_a_dot_inside_its_chart(tmp_path, scores):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    rows = write_online(run_dir, len(scores))
+    for row, score in zip(rows, scores, strict=True):
+        row["linear_top1"], row["knn_top1"] = score, score / 2
+    (run_dir / "evaluations.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chart = write_report(run_dir).read_text().split('id="online"')[1].split("</svg>")[0]
+    clip = re.search(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', chart)
+    left, top, width, height = map(float, clip.groups())
+    linear, knn = (points(chart, name)[: len(scores)] for name in ("first", "second"))
+    assert len(linear) == len(knn) == len(scores)
+    for (x, y), (x_knn, y_knn), score in zip(linear, knn, scores, strict=True):
+        assert x == x_knn
+        assert left < x < left + width
+        assert y > top + 2  # not cut off
+        assert top + height - y == pytest.approx(2 * (top + height - y_knn), abs=0.1)
+        assert top + height - y == pytest.approx(
+            height * score / (1.08 * max(scores) or 1), abs=0.1
+        )
+
+
+@pytest.mark.parametrize("line", ["{broken", '{"epoch": 1, "knn_top1": 0.1}', "[]"])
+def test_broken_line_of_online_evaluation_is_named(tmp_path, line):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    write_online(run_dir, 2)
+    with (run_dir / "evaluations.jsonl").open("a") as file:
+        file.write(line)
+    with pytest.raises(ConfigError, match=r"evaluations\.jsonl, line 3 .*Delete"):
+        write_report(run_dir)
+
+
 def test_one_logged_row_is_enough(tmp_path):
     run_dir = make_run(tmp_path / "run", evaluated=False)
     row = (run_dir / "metrics.jsonl").read_text().splitlines()[0]
