@@ -24,7 +24,7 @@ from forks import Ranks, losses, outcome, small_data, train
 
 from fastclr import checkpointing
 from fastclr.checkpointing import list_checkpoints, read_facts
-from fastclr.config import FaultsConfig
+from fastclr.config import EvaluationConfig, FaultsConfig
 from fastclr.losses import NTXent
 from fastclr.world import World
 from pipelines.loader import Loader
@@ -222,6 +222,28 @@ def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
 
 
+def a_watched_run(folder: Path) -> str:
+    """Online evaluation changes no bit, and the best checkpoint is kept; killed and gone on."""
+    watched, run_dir = EvaluationConfig(test=str(folder / "train")), folder / "watched"
+    work = partial(train, folder, run_dir, stage=3, evaluation=watched, keep_checkpoints=1)
+    run = Ranks(folder, 2, work)
+    run.wait_for(run_dir / "checkpoints/step-0000008")
+    run.kill()
+    run = Ranks(folder, 2, work)
+    assert run.wait() and not any(run.codes), run.said()
+    plain = Ranks(folder, 2, partial(train, folder, folder / "plain", stage=3))
+    assert plain.wait() and outcome(run_dir) == outcome(folder / "plain"), plain.said()
+    rows = [json.loads(line) for line in (run_dir / "evaluations.jsonl").open()]
+    assert [row["step"] for row in rows] == [5, 10, 15]
+    best = max(rows, key=lambda row: row["knn_top1"])
+    names = sorted({f"step-{step:07d}" for step in (best["step"], 15)})
+    assert [p.name for p in list_checkpoints(run_dir / "checkpoints")] == names
+    assert json.loads((run_dir / "checkpoints/best").read_text()) == f"step-{best['step']:07d}"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["evaluation_seconds"] > 0 and summary["checkpoint_seconds"] > 0
+    return "3 evaluations, no bit changed, best and last kept"
+
+
 DRILLS: tuple[Callable[[Path], str], ...] = (
     a_killed_rank,
     a_frozen_rank,
@@ -231,6 +253,7 @@ DRILLS: tuple[Callable[[Path], str], ...] = (
     weights_that_are_nan,
     damaged_checkpoints,
     kept_checkpoints,
+    a_watched_run,
 )
 
 

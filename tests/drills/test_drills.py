@@ -44,7 +44,7 @@ def test_signals():
 
 def test_faults():
     lines = [line for line in run("faults.py") if line.startswith("fault")]
-    assert len(lines) == 8
+    assert len(lines) == 9
 
 
 def test_two_hosts():
