@@ -187,17 +187,20 @@ def test_half_a_pair_is_refused():
             compute(rows(7, 4))
 
 
-def test_the_decomposition_is_on_one_thread(monkeypatch):
-    threads, eigvalsh = set(), np.linalg.eigvalsh
+@pytest.mark.parametrize("size", [(9, 4), (4, 9)])
+def test_the_smaller_matrix_is_decomposed_on_one_thread(monkeypatch, size):
+    threads, shapes, eigvalsh = set(), [], np.linalg.eigvalsh
 
     def noted(x):
         threads.update(p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas")
+        shapes.append(x.shape)
         return eigvalsh(x)
 
     monkeypatch.setattr(np.linalg, "eigvalsh", noted)
     with threadpool_limits(2, user_api="blas"):
-        effective_rank(rows(9, 4))
+        effective_rank(rows(*size))
     assert threads == {1}
+    assert shapes == [(4, 4)]
 
 
 def test_uniformity_needs_memory_for_a_block_only(monkeypatch):

@@ -51,6 +51,20 @@ def test_predictions_are_those_of_scikit_learn(monkeypatch, num_rows, width, num
     assert ridge_probe(train, test).top1 == pytest.approx(truth, abs=1e-9)
 
 
+def test_features_that_nearly_repeat_each_other_are_told_apart(monkeypatch):
+    """In float32 the covariance's rounding would weigh as much as so weak a penalty."""
+    monkeypatch.setattr(ridge, "L2_GRID", (l2 := 1e-6,))
+    rng = np.random.default_rng(0)
+    factors, label_X = rng.normal(size=(3000, 4)), rng.integers(0, 3, 3000)
+    detail = 1e-3 * (np.eye(60)[label_X] + 0.5 * rng.normal(size=(3000, 60)))
+    h_XF = (factors @ rng.normal(size=(4, 60)) + detail).astype(np.float32)
+    train, test = Features(h_XF[:1500], label_X[:1500]), Features(h_XF[1500:], label_X[1500:])
+    scaler, model = reference(train, np.arange(1500), l2)
+    answers = model.predict(scaler.transform(test.h_XF))
+    assert (answers == test.label_X).mean() > 0.6
+    assert ridge_probe(train, Features(test.h_XF, answers)).top1 > 0.995
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_l2_is_the_strongest_of_the_best_on_the_held_out_tenth(seed):
     train = features(150, 40, seed, noise=4.0)
