@@ -172,17 +172,16 @@ def _online_evaluation(
     settings = config.evaluation
     if not settings.test:
         return None
-    names = (settings.train or config.data.train, settings.test)
-    sets = [_image_set(name, config.views.size, settings.most_images, world) for name in names]
+    found = _labelled_sets(Path(settings.train or config.data.train), Path(settings.test))
+    sets = [_image_set(s, config.views.size, settings.most_images, world) for s in found]
     pairs = _first_batch(config, shard_set, config.data.backend, NUM_WATCHED, world)
     return online.OnlineEvaluation(*sets, pairs_VBCHW=pairs.views_VBCHW)
 
 
-def _image_set(path: str, size: int, most: int, world: World) -> online.ImageSet:
+def _image_set(shard_set: ShardSet, size: int, most: int, world: World) -> online.ImageSet:
     """Describe the first images of a shard set to the online evaluation."""
-    shard_set = ShardSet.open(path)
     return online.ImageSet(
-        name=path,
+        name=str(shard_set.path),
         label_X=shard_set.label_N[:most],
         num_classes=shard_set.num_classes,
         batches=lambda: evaluation_batches(shard_set, size, world=world, limit=most),

@@ -353,8 +353,8 @@ class Trainer:
         default = {"enabled": True, "output_path": str(self.run_dir), "job_name": "tensorboard"}
         monitors = monitors or {"tensorboard": default}
         master = MonitorMaster(get_monitor_config(monitors))
-        if self.evaluation:
-            file = self.run_dir / "evaluations.jsonl"
+        file = self.run_dir / "evaluations.jsonl"
+        if self.evaluation or file.exists():  # then rows of steps that are taken again are dropped
             self._scores = RowLog(file, self.step, master.write_events, "evaluation")
             stack.callback(self._scores.close)
         file = self.run_dir / "metrics.jsonl"
