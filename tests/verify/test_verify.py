@@ -183,8 +183,8 @@ def test_a_failed_rank_is_named(measured):
         return [r["note"] for r in measured[2][name]["rows"] if r["check"] == check]
 
     assert notes("an error in order", "order") == ["rank 1: OSError: no such device"]
-    refusal = f"DeepSpeed {deepspeed.__version__} refuses its JSON: Type fp16 is not supported on your device."
-    both = f"ranks [0, 1]: ConfigError: {refusal}"
+    refusal = f"DeepSpeed {deepspeed.__version__} refuses its JSON: Type fp16 is not supported"
+    both = f"ranks [0, 1]: ConfigError: {refusal} on your device."
     assert notes("no fp16 here", "engine") == notes("no fp16 here", "resume") == [both]
     first, second = notes("an error in loss", "loss")
     assert first.startswith("rank 0: ") and second == "rank 1: OSError: no such device"
