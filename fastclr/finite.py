@@ -29,27 +29,32 @@ class FiniteGuard:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._bad_R = torch.zeros(0)
-        self._work: dist.Work | None = None
+        self._bad_R = torch.zeros(0)  # on the host
+        self._is_known: torch.cuda.Event | None = None
 
     def watch(self, loss: torch.Tensor) -> None:
-        """Ask all ranks about their loss; waits for nothing."""
+        """Ask all ranks about their loss; on an accelerator the host waits for nothing."""
         bad_R = torch.zeros(self._world.num_ranks, device=loss.device)
         bad_R[self._world.rank] = ~loss.detach().isfinite()
-        self._bad_R = bad_R
         if self._world.num_ranks > 1:
-            self._work = dist.all_reduce(bad_R, async_op=True)
+            dist.all_reduce(bad_R)
+        self._bad_R = bad_R
+        if loss.is_cuda:
+            # Told by an event before the backward pass: a plain read would wait for that too.
+            host_R = torch.empty(bad_R.shape, pin_memory=True)
+            self._bad_R = host_R.copy_(bad_R, non_blocking=True)
+            self._is_known = torch.cuda.Event()
+            self._is_known.record()
 
     def check(self) -> None:
-        """Wait for the answer, which came with the forward pass.
+        """Wait for the answer, which comes with the forward pass.
 
-        After ``backward`` this leaves no device idle: it still has the backward pass to do.
+        Called after ``backward`` this leaves no device idle: it still has that to do.
 
         Raises:
             NonFiniteLoss: On every rank, if a rank's loss is not finite.
         """
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        if self._is_known is not None:
+            self._is_known.synchronize()
         if ranks := self._bad_R.nonzero().flatten().tolist():
             raise NonFiniteLoss(ranks)

@@ -50,6 +50,8 @@ class Interruption:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
+        if self._depth == 0:
+            self.requested = None
         if self._depth == 0 and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         self._depth += 1

@@ -32,7 +32,7 @@ from fastclr.simclr import SimCLR
 from fastclr.trainer import Summary, Trainer
 from fastclr.world import World
 from pipelines import ShardSet, SimCLRPolicy, make_loader, photos
-from pipelines.loader import evaluation_batches
+from pipelines.loader import Loader, evaluation_batches
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +84,7 @@ def train(
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )
-    trainer = _trainer(config, ds, world, interruption)
-    trainer.evaluation = _online_evaluation(config, shard_set, world)
-    trainer.evaluate_every = config.evaluation.every_epochs * loader.batches_per_epoch
+    trainer = _trainer(config, ds, loader, interruption)
     trainer.check(loader)
     facts = {
         "config": asdict(config),
@@ -133,7 +131,7 @@ def _set_up_logging() -> None:
 
 
 def _trainer(
-    config: Config, ds: ds_config.JSON, world: World, interruption: Interruption | None
+    config: Config, ds: ds_config.JSON, loader: Loader, interruption: Interruption | None
 ) -> Trainer:
     """Build model, loss, optimizer and trainer."""
     model = SimCLR.from_config(config)
@@ -154,12 +152,14 @@ def _trainer(
         schedule=config.optimizer.schedule,
         batch_norm=config.batch_norm,
         seed=config.seed,
-        world=world,
+        world=loader.world,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
         keep_checkpoints=config.keep_checkpoints,
         keep_every=config.keep_every,
         start_from=config.start_from or None,
+        evaluation=_online_evaluation(config, loader.shard_set, loader.world),
+        evaluate_every=config.evaluation.every_epochs * loader.batches_per_epoch,
         faults=config.faults,
         interruption=interruption,
     )

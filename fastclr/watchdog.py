@@ -49,6 +49,7 @@ class Watchdog:
         self._closed = threading.Event()
 
     def __enter__(self) -> Watchdog:
+        self._closed.clear()
         self._mark = ("start-up", 0, time.monotonic())
         works = (self._guard, self._publish)
         self._threads = [threading.Thread(target=work, daemon=True) for work in works]
