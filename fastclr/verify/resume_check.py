@@ -116,4 +116,4 @@ def judge(case: Case, found: list[dict[str, Any]]) -> Iterator[Row]:
     what = (
         f"norm that gradients are clipped to: the engine's {main['clipping']:g}, the JSON's {says}"
     )
-    yield compared("clipping", what, 0 if named is None else abs(main["clipping"] - named), 0)
+    yield compared("clipping", what, abs(main["clipping"] - (named or 0.0)), 0)

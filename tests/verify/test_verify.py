@@ -69,6 +69,7 @@ FAILING = {
     "momentum a millionth off": {("resume", "weights and momenta after step 4")},
     "a run that starts over": RESUME,
     "dropout by a generator": RESUME,
+    "clipping unasked": {("clipping", "norm that gradients are clipped to")},
     "an error in order": {("order", "which image when")},
     "no fp16 here": {("engine", "two steps"), ("resume", "a run that stops")},
     "an error in loss": {("loss", "losses over all ranks")},  # of both ranks

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from fastclr import batch_norm, checkpointing, collectives, trainer, verify
 from fastclr.kernels import reference
@@ -331,6 +332,13 @@ BROKEN = {
         lambda: together(
             only("resume"),
             mock.patch.object(trainer, "torch", Like(torch, manual_seed=lambda seed: None)),
+        ),
+    ),
+    "clipping unasked": (
+        STAGE[0],
+        lambda: together(
+            only("resume"),
+            mock.patch.object(DeepSpeedEngine, "gradient_clipping", lambda self: 1.0),
         ),
     ),
     "an error in order": (STAGE[0], lambda: failing("order")),
