@@ -153,8 +153,8 @@ def _ended(run: Ranks) -> float:
 def _wait_for_handlers(run: Ranks) -> None:
     """Wait until every rank catches SIGTERM: a process that has just begun cannot."""
     bit = 1 << (signal.SIGTERM - 1)
-    for child in run.ids:
-        while True:
+    for rank, child in enumerate(run.ids):
+        while run.codes[rank] is None:
             status = Path(f"/proc/{child}/status").read_text()
             caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
             if int(caught.split()[1], 16) & bit or "State:\tZ" in status:
