@@ -20,8 +20,8 @@ SETTINGS = (
 def test_batch_norm_is_global_and_another_loss_goes_round_the_ring(commands, photos, tmp_path):
     flags = (
         "--loss.name nt_logistic --loss.temperature 0.2 --loss.negatives other_view "
-        "--encoder.width 0.25 --optimizer.warmup-epochs 0.2 --global-batch-size 32 --epochs 1 "
-        "--log-every 1"
+        "--encoder.width 0.25 --optimizer.warmup-epochs 0.2 --optimizer.base-learning-rate 0.5 "
+        "--global-batch-size 32 --epochs 1 --log-every 1"
     ).split()
     found = []
     for ranks, exchange in ((1, "gather"), (2, "ring")):
