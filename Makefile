@@ -5,7 +5,7 @@ FLAGS ?=
 MINUTES ?= 24
 FROM ?=
 DEEPSPEED := deepspeed --log_level warning
-DS_CONFIG := fastclr/recipes/fp32.json
+DS_CONFIG := fastclr/recipes/fp32_clipped.json
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 

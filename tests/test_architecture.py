@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("fastclr", "pipelines", "tools", "benchmarks")
 FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
-HEAVY = ("torch", "deepspeed", "triton", "nvidia.dali", "kornia", "timm", "sklearn")
+HEAVY = ("torch", "deepspeed", "triton", "numba", "nvidia.dali", "kornia", "timm", "sklearn")
 
 
 def run_python(code: str) -> str:
