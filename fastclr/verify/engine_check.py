@@ -132,7 +132,8 @@ def _judge_gradients(case: Case, seen: dict[str, Layers], what: str, batch_norm:
 
     def model(dtype: torch.dtype, weights: Layers) -> Any:
         made = make_model(batch_norm=batch_norm).to(dtype)
-        made.load_state_dict(weights, strict=False)  # buffers matter in evaluation only
+        # The buffers stay as they are made: they matter in evaluation only.
+        made.load_state_dict({**dict(made.named_buffers()), **weights})
         return made
 
     rounded_to = rounding("nt_xent", case.device, OUTPUT_DIM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import json
 import logging
 import os
@@ -237,7 +238,7 @@ def plain(cell: Cell) -> dict[str, Any]:
     schedule, rate = Schedule(WARMUP_STEPS, "cosine"), OPTIMIZERS[cell.optimizer]["lr"]
     loss_of, losses, norms = NTXent(TEMPERATURE), [], []
     max_norm = EXTRAS[cell.extra].get("gradient_clipping", float("inf"))
-    for step, batch in zip(range(NUM_STEPS), Views(World(), 1), strict=False):
+    for step, batch in enumerate(itertools.islice(Views(World(), 1), NUM_STEPS)):
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule.factor(step, NUM_STEPS)
         loss = loss_of(*model(batch.views_VBCHW).z_ND.chunk(2))
