@@ -84,7 +84,7 @@ def train(
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )
-    trainer = _trainer(config, ds, loader, interruption)
+    trainer = _trainer(config, ds, loader, shard_set, interruption)
     trainer.check(loader)
     facts = {
         "config": asdict(config),
@@ -131,7 +131,11 @@ def _set_up_logging() -> None:
 
 
 def _trainer(
-    config: Config, ds: ds_config.JSON, loader: Loader, interruption: Interruption | None
+    config: Config,
+    ds: ds_config.JSON,
+    loader: Loader,
+    shard_set: ShardSet,
+    interruption: Interruption | None,
 ) -> Trainer:
     """Build model, loss, optimizer and trainer."""
     model = SimCLR.from_config(config)
@@ -158,7 +162,7 @@ def _trainer(
         keep_checkpoints=config.keep_checkpoints,
         keep_every=config.keep_every,
         start_from=config.start_from or None,
-        evaluation=_online_evaluation(config, loader.shard_set, loader.world),
+        evaluation=_online_evaluation(config, shard_set, loader.world),
         evaluate_every=config.evaluation.every_epochs * loader.batches_per_epoch,
         faults=config.faults,
         interruption=interruption,

@@ -4,41 +4,60 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
 from fastclr.batch import Batch
 from fastclr.config import ConfigError
 from fastclr.world import World
+from pipelines.backends import BACKENDS
 from pipelines.decode import Pixels
-from pipelines.order import Int64, order
-from pipelines.policy import SimCLRPolicy, ViewParams
+from pipelines.order import Int64, SampleOrder, batches_per_epoch, places
+from pipelines.policy import SimCLRPolicy
 from pipelines.shards import ShardSet
 
-NUM_VIEWS = 2
 
-Augment = Callable[[list[Pixels], ViewParams, SimCLRPolicy, torch.device], torch.Tensor]
+class ImageSet(Protocol):
+    """What the loader needs of a data set; all of it from any thread."""
+
+    digest: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, sample_id: int) -> Pixels:
+        """Return a decoded image, uint8 (H, W, 3)."""
+        ...
+
+    def read(self, sample_id: int) -> bytes:
+        """Return an encoded image."""
+        ...
+
+    def sizes(self, sample_ids: Int64) -> npt.NDArray[np.int32]:
+        """Return heights and widths in pixels, int32 (n, 2)."""
+        ...
+
+    def labels(self, sample_ids: Int64) -> Int64:
+        """Return labels, int64 (n,); -1 where there is none."""
+        ...
+
+    def order(self, seed: int) -> SampleOrder:
+        """Return which sample stands where in each epoch."""
+        ...
 
 
-def _kornia() -> Augment:
-    from pipelines.augment_kornia import augment
+class _Work(NamedTuple):
+    """One batch of this rank: what it is, and where the position stands after it."""
 
-    return augment
-
-
-def _reference() -> Augment:
-    from pipelines.augment_reference import augment
-
-    return augment
-
-
-# Loaded on choice: a back-end's packages need not be installed to use another.
-BACKENDS: dict[str, Callable[[], Augment]] = {"kornia": _kornia, "reference": _reference}
+    epoch: int
+    position: int
+    sample_ids: Int64
+    positions: Int64
 
 
 class Loader:
@@ -46,8 +65,8 @@ class Loader:
 
     Args:
         shard_set: Images.
-        policy: Augmentation.
-        backend: Key of :data:`BACKENDS`.
+        policy: Augmentation of both views, or one policy a view.
+        backend: Key of :data:`~pipelines.backends.BACKENDS`.
         micro_batch_size: Images B of this rank in a batch.
         seed: Seed of order and views.
         world: Which rank of how many.
@@ -63,8 +82,8 @@ class Loader:
 
     def __init__(
         self,
-        shard_set: ShardSet,
-        policy: SimCLRPolicy,
+        shard_set: ImageSet,
+        policy: SimCLRPolicy | Sequence[SimCLRPolicy],
         *,
         backend: str,
         micro_batch_size: int,
@@ -78,23 +97,33 @@ class Loader:
             raise ConfigError(f"micro_batch_size is {micro_batch_size}: give 1 or more.")
         if backend not in BACKENDS:
             raise ConfigError(f"backend {backend!r} is unknown: choose from {', '.join(BACKENDS)}.")
-        self.shard_set, self.policy, self.seed = shard_set, policy, seed
+        self.policies = (policy, policy) if isinstance(policy, SimCLRPolicy) else tuple(policy)
+        if len({p.size for p in self.policies}) != 1 or len(self.policies) < 2:
+            raise ConfigError(
+                f"the policies make views of {[p.size for p in self.policies]} pixels: give two or "
+                "more of one size."
+            )
+        self.shard_set, self.seed = shard_set, seed
         self.micro_batch_size, self.world, self.device = micro_batch_size, world, device
-        self._augment, self._num_threads, self._prefetch = (
-            BACKENDS[backend](),
-            num_threads,
-            prefetch,
-        )
+        self._backend = BACKENDS[backend](self.policies, device, num_threads)
+        self._num_threads, self._prefetch = num_threads, prefetch
+        self._order = shard_set.order(seed)
         self._epoch, self._position = 0, 0
         self.wait_seconds = 0.0
-        self.batches_per_epoch = len(self._order(epoch=0, start=0)[0])
-        used = self.batches_per_epoch * micro_batch_size * world.num_ranks
+        self.batches_per_epoch = batches_per_epoch(
+            self._order.num_positions, self._global_batch_size
+        )
+        used = self.batches_per_epoch * self._global_batch_size
         self.dropped_per_epoch = len(shard_set) - used
 
     @property
     def digest(self) -> str:
         """sha256 of the data set's manifest."""
         return self.shard_set.digest
+
+    @property
+    def _global_batch_size(self) -> int:
+        return self.micro_batch_size * self.world.num_ranks
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch handed out; the same on every rank."""
@@ -122,65 +151,93 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches from the current position on, epoch after epoch, without end."""
         pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="fastclr-loader")
-        pending: deque[tuple[int, int, Future[Batch]]] = deque()
+        pending: deque[_Coming] = deque()
         work = self._work()
         try:
             while True:
                 while len(pending) <= self._prefetch:
-                    epoch, position, sample_ids, positions = next(work)
-                    task = pool.submit(self._make, epoch, sample_ids, positions)
-                    pending.append((epoch, position, task))
-                epoch, position, task = pending.popleft()
+                    pending.append(_Coming(self, next(work), pool))
+                coming = pending.popleft()
                 started = time.perf_counter()
-                batch = task.result()
+                batch = coming.result()
                 self.wait_seconds += time.perf_counter() - started
-                self._epoch, self._position = epoch, position
+                self._epoch, self._position = coming.work.epoch, coming.work.position
                 yield batch
         finally:
             # Without waiting: a thread may hang in a read, and the run is to stop.
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _work(self) -> Iterator[tuple[int, int, Int64, Int64]]:
-        """Yield (epoch, position after the batch, sample ids, positions) for ever."""
+    def _work(self) -> Iterator[_Work]:
+        """Yield this rank's batches for ever."""
         epoch, start = self._epoch, self._position
-        global_batch_size = self.micro_batch_size * self.world.num_ranks
         while True:
-            for sample_ids, positions in zip(*self._order(epoch, start), strict=True):
-                start += global_batch_size
-                yield epoch, start, sample_ids, positions
+            while start + self._global_batch_size <= self._order.num_positions:
+                mine = places(start, self.micro_batch_size, self.world)
+                sample_ids = self._order.ids(epoch, int(mine[0]), int(mine[-1]) + 1)
+                start += self._global_batch_size
+                yield _Work(epoch, start, sample_ids, mine)
             epoch, start = epoch + 1, 0
 
-    def _order(self, epoch: int, start: int) -> tuple[Int64, Int64]:
-        """This rank's part of an epoch."""
-        return order(
-            len(self.shard_set),
-            self.micro_batch_size,
-            seed=self.seed,
-            epoch=epoch,
-            world=self.world,
-            start=start,
-        )
-
-    def _make(self, epoch: int, sample_ids: Int64, positions: Int64) -> Batch:
-        """Read, decode and augment one batch."""
-        images = [self.shard_set[int(i)] for i in sample_ids]
-        sizes_N2 = self.shard_set.size_N2[sample_ids]
-        views = []
-        for view in range(NUM_VIEWS):
-            params = self.policy.draw(
+    def make_views(self, epoch: int, sample_ids: Int64, positions: Int64) -> torch.Tensor:
+        """Read, decode and augment some images; uint8 (V, n, size, size, 3)."""
+        source = self.shard_set.read if self._backend.takes_bytes else self.shard_set.__getitem__
+        images: list[Any] = [source(int(i)) for i in sample_ids]
+        sizes_N2 = self.shard_set.sizes(sample_ids)
+        params = [
+            policy.draw(
                 seed=self.seed, epoch=epoch, positions=positions, view=view, sizes_N2=sizes_N2
             )
-            views.append(self._augment(images, params, self.policy, self.device))
+            for view, policy in enumerate(self.policies)
+        ]
+        return self._backend(images, params)
+
+    @property
+    def chunk(self) -> int:
+        """Images of a batch that one thread makes."""
+        return min(self._backend.chunk or self.micro_batch_size, self.micro_batch_size)
+
+
+class _Coming:
+    """A batch in the making: its chunks, each in a thread, fill one tensor."""
+
+    def __init__(self, loader: Loader, work: _Work, pool: ThreadPoolExecutor) -> None:
+        self.work, self._loader = work, loader
+        size, num_images = loader.policies[0].size, len(work.sample_ids)
+        self._views: torch.Tensor | None = None
+        if loader.chunk < num_images:  # on the host; pinned, so that the copy need not wait
+            self._views = torch.empty(
+                (len(loader.policies), num_images, size, size, 3),
+                dtype=torch.uint8,
+                pin_memory=loader.device.type == "cuda",
+            )
+        firsts = range(0, num_images, loader.chunk)
+        self._chunks: list[Future[None]] = [pool.submit(self._make, first) for first in firsts]
+
+    def _make(self, first: int) -> None:
+        rows = slice(first, first + self._loader.chunk)
+        work = self.work
+        made = self._loader.make_views(work.epoch, work.sample_ids[rows], work.positions[rows])
+        if self._views is None:
+            self._views = made
+        else:
+            self._views[:, rows] = made
+
+    def result(self) -> Batch:
+        """Wait for the chunks; return the batch."""
+        for chunk in self._chunks:
+            chunk.result()
+        assert self._views is not None
+        sample_ids = self.work.sample_ids
         return Batch(
-            views_VBCHW=torch.stack(views).permute(0, 1, 4, 2, 3),
-            label_B=torch.from_numpy(self.shard_set.label_N[sample_ids]),
+            views_VBCHW=self._views.permute(0, 1, 4, 2, 3),
+            label_B=torch.from_numpy(self._loader.shard_set.labels(sample_ids)),
             sample_id_B=torch.from_numpy(sample_ids),
         ).check()
 
 
 def make_loader(
-    shard_set: ShardSet,
-    policy: SimCLRPolicy,
+    shard_set: ImageSet,
+    policy: SimCLRPolicy | Sequence[SimCLRPolicy],
     *,
     micro_batch_size: int,
     seed: int = 0,

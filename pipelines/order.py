@@ -6,7 +6,8 @@ generator state to save: resuming, also on another number of ranks, is arithmeti
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ from fastclr.world import World
 
 Uint64 = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
+
+WINDOW = 16  # shards shuffled together
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -50,51 +53,104 @@ def permutation(num_samples: int, seed: int, epoch: int) -> Int64:
     return np.argsort(hash64(seed, epoch, np.arange(num_samples)), kind="stable")
 
 
-class Order(NamedTuple):
-    """What one rank loads in one epoch.
+class SampleOrder(Protocol):
+    """Which sample stands at which position of an epoch; pure, with no state to save."""
 
-    Attributes:
-        sample_ids: int64 (batches, B).
-        positions: int64 (batches, B); places in the epoch's global order, from which every random
-            number of a view is drawn.
-    """
+    num_positions: int
 
-    sample_ids: Int64
-    positions: Int64
+    def ids(self, epoch: int, start: int, stop: int) -> Int64:
+        """Return the sample ids at positions [start, stop) of an epoch, int64."""
+        ...
+
+    def shards(self, epoch: int, start: int, stop: int) -> list[int]:
+        """Return the shards those samples lie in, each once, as they will be needed."""
+        ...
 
 
-def order(
-    num_samples: int,
-    micro_batch_size: int,
-    *,
-    seed: int,
-    epoch: int,
-    world: World,
-    start: int = 0,
-) -> Order:
-    """Return this rank's part of an epoch, from a position on.
+class BlockOrder:
+    """Shards in a random order, samples in a random order inside a window of shards.
 
-    The global batch t is the same set of samples in the same order on any number of ranks: rank r
-    takes the r-th slice of it. The last incomplete global batch is dropped.
+    Reading stays inside a window of shards, so that a cache of two windows serves any data set.
+    With no more shards than the window holds, the order is a permutation of all samples. Nothing is
+    kept but the windows in use: 10^9 samples are a few numbers a shard.
 
     Args:
-        num_samples: Samples in the data set.
-        micro_batch_size: B, images of one rank and batch.
+        shard_sizes: int64 (S,), samples of each shard; ids count through the shards in order.
         seed: Seed of the run.
-        epoch: Epoch from 0.
-        world: Which rank of how many.
-        start: Samples of this epoch that all ranks together have already used.
+        window: Shards W whose samples are shuffled together.
+
+    Attributes:
+        num_positions: Samples in an epoch; each has one position.
+    """
+
+    def __init__(self, shard_sizes: Int64, *, seed: int, window: int = WINDOW) -> None:
+        self.seed, self.window = seed, window
+        self._sizes = np.asarray(shard_sizes, np.int64)
+        self._first_ids = np.cumsum(self._sizes) - self._sizes
+        self.num_positions = int(self._sizes.sum())
+        self._epoch = functools.lru_cache(maxsize=2)(self._shards_of_epoch)
+        self._window = functools.lru_cache(maxsize=2)(self._ids_of_window)
+
+    def ids(self, epoch: int, start: int, stop: int) -> Int64:
+        """Return the sample ids at positions [start, stop) of an epoch, int64."""
+        _, ends = self._epoch(epoch)
+        parts = [np.empty(0, np.int64)]
+        for number in self._windows(epoch, start, stop):
+            first = 0 if number == 0 else int(ends[number - 1])
+            parts.append(self._window(epoch, number)[max(0, start - first) : stop - first])
+        return np.concatenate(parts)
+
+    def shards(self, epoch: int, start: int, stop: int) -> list[int]:
+        """Return the shards of the windows that positions [start, stop) lie in."""
+        shards, _ = self._epoch(epoch)
+        found = [self._slice(n, shards) for n in self._windows(epoch, start, stop)]
+        return [int(shard) for part in found for shard in part]
+
+    def _windows(self, epoch: int, start: int, stop: int) -> range:
+        """Number the windows that positions lie in."""
+        _, ends = self._epoch(epoch)
+        first = int(np.searchsorted(ends, start, "right"))
+        return range(first, int(np.searchsorted(ends, stop, "left")) + 1 if stop > start else first)
+
+    def _slice(self, number: int, shards: Int64) -> Int64:
+        return shards[number * self.window : (number + 1) * self.window]
+
+    def _shards_of_epoch(self, epoch: int) -> tuple[Int64, Int64]:
+        """Return the shards in order, and the position after the last sample of each window."""
+        num_shards = len(self._sizes)
+        # 2 keeps the hash apart from those of samples and views.
+        shards = np.argsort(hash64(self.seed, 2, epoch, np.arange(num_shards)), kind="stable")
+        ends = np.cumsum(self._sizes[shards])
+        last = np.minimum(np.arange(self.window, num_shards + self.window, self.window), num_shards)
+        return shards, ends[last - 1]
+
+    def _ids_of_window(self, epoch: int, number: int) -> Int64:
+        """Return the sample ids of a window in their order."""
+        shards = np.sort(self._slice(number, self._epoch(epoch)[0]))
+        spans = zip(self._first_ids[shards].tolist(), self._sizes[shards].tolist(), strict=True)
+        ranges = [np.arange(first, first + size, dtype=np.int64) for first, size in spans]
+        ids = np.concatenate(ranges)
+        return ids[np.argsort(hash64(self.seed, epoch, ids), kind="stable")]
+
+
+def batches_per_epoch(num_positions: int, global_batch_size: int) -> int:
+    """Return the global batches in an epoch; the last incomplete one is dropped.
 
     Raises:
-        ConfigError: If the data set is smaller than one global batch.
+        ConfigError: If not one fits.
     """
-    global_batch_size = micro_batch_size * world.num_ranks
-    if num_samples < global_batch_size:
+    if num_positions < global_batch_size:
         raise ConfigError(
-            f"the data set has {num_samples} samples and a global batch {global_batch_size}: not "
+            f"the data set has {num_positions} samples and a global batch {global_batch_size}: not "
             "one batch fits in an epoch. Lower --global-batch-size or add data."
         )
-    num_batches = max(0, num_samples - start) // global_batch_size
-    places = start + np.arange(num_batches * global_batch_size, dtype=np.int64)
-    mine = places.reshape((num_batches, world.num_ranks, micro_batch_size))[:, world.rank]
-    return Order(permutation(num_samples, seed, epoch)[mine], mine)
+    return num_positions // global_batch_size
+
+
+def places(start: int, micro_batch_size: int, world: World) -> Int64:
+    """Return the positions of this rank in the global batch that begins at ``start``, int64 (B,).
+
+    The global batch is the same samples in the same order on any number of ranks: rank r takes the
+    r-th slice of it.
+    """
+    return start + world.rank * micro_batch_size + np.arange(micro_batch_size, dtype=np.int64)

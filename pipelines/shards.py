@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fastclr.files import sha256_of
 from pipelines.decode import MAX_PIXELS, DamagedImage, Pixels, decode
+from pipelines.order import BlockOrder, Int64
 
 FORMAT = "fastclr-shards"
 VERSION = 1
@@ -112,6 +113,19 @@ class ShardSet:
     def num_classes(self) -> int:
         """Number of classes; 0 without labels."""
         return len(self.class_names)
+
+    def sizes(self, sample_ids: Int64) -> npt.NDArray[np.int32]:
+        """Return heights and widths in pixels, int32 (n, 2)."""
+        return self.size_N2[sample_ids]
+
+    def labels(self, sample_ids: Int64) -> Int64:
+        """Return labels, int64 (n,); -1 where there is none."""
+        return self.label_N[sample_ids]
+
+    def order(self, seed: int) -> BlockOrder:
+        """Return which sample stands where in each epoch."""
+        sizes = [shard["num_samples"] for shard in self._manifest["shards"]]
+        return BlockOrder(np.array(sizes, np.int64), seed=seed)
 
     def read(self, sample_id: int) -> bytes:
         """Return the encoded image.

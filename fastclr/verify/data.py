@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 
 from pipelines.decode import Pixels
-from pipelines.order import uniforms
+from pipelines.order import BlockOrder, Int64, uniforms
 
 SEED = 5  # of all that verify draws
 SIDE = 8  # pixels
@@ -52,17 +56,33 @@ class Images:
 
     Attributes:
         size_N2: int32 heights and widths.
-        label_N: int64; no labels.
         digest: Stands for the sha256 of a manifest.
     """
 
     def __init__(self, num_images: int, height: int = 24, width: int = 32) -> None:
         self.size_N2 = np.tile(np.array([[height, width]], np.int32), (num_images, 1))
-        self.label_N = np.full(num_images, -1, np.int64)
         self.digest = f"verify {num_images} {height} {width}"
 
     def __len__(self) -> int:
-        return len(self.label_N)
+        return len(self.size_N2)
+
+    def sizes(self, sample_ids: Int64) -> npt.NDArray[np.int32]:
+        """Return heights and widths in pixels, int32 (n, 2)."""
+        return self.size_N2[sample_ids]
+
+    def labels(self, sample_ids: Int64) -> Int64:
+        """Return int64 (n,), -1 for no label."""
+        return np.full(len(sample_ids), -1, np.int64)
+
+    def order(self, seed: int) -> BlockOrder:
+        """Return the order of one shard."""
+        return BlockOrder(np.array([len(self)]), seed=seed)
+
+    def read(self, sample_id: int) -> bytes:
+        """Return the image as PNG."""
+        stream = io.BytesIO()
+        Image.fromarray(self[sample_id]).save(stream, "PNG", compress_level=1)
+        return stream.getvalue()
 
     def __getitem__(self, sample_id: int) -> Pixels:
         """Return waves of three colours with some grain, uint8 (H, W, 3)."""

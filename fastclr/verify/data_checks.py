@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from fastclr.verify.case import Case
 from fastclr.verify.data import SEED, Images
 from fastclr.verify.rows import Row, compared
 from fastclr.world import World
-from pipelines import Loader, ShardSet, SimCLRPolicy, make_loader
+from pipelines import Loader, SimCLRPolicy, make_loader
 from pipelines.augment_reference import augment as oracle
-from pipelines.loader import BACKENDS
+from pipelines.backends import BACKENDS
 from pipelines.order import Int64
 
 BATCH, EPOCHS = 3, 2
@@ -28,7 +28,7 @@ VIEWS = 16
 
 def loader_of(world: World, batch: int, num_ranks: int, device: torch.device, side: int) -> Loader:
     """Return a run's loader over 7 global batches and a rest."""
-    images = cast(ShardSet, Images(7 * BATCH * num_ranks + BATCH * num_ranks // 2 + 1))
+    images = Images(7 * BATCH * num_ranks + BATCH * num_ranks // 2 + 1)
     policy = SimCLRPolicy(size=side)
     return make_loader(
         images, policy, micro_batch_size=batch, seed=SEED, world=world, device=device
@@ -132,11 +132,12 @@ def measure_views(case: Case) -> dict[str, Any]:
     expected = torch.stack([oracle(pixels, p, policy) for p in params])
     for name in BACKENDS.keys() - {"reference"}:
         try:
-            augment = BACKENDS[name]()
+            backend = BACKENDS[name]([policy] * 2, case.device, 1)
         except ImportError as error:
             found[f"absent {name}"] = str(error)
             continue
-        made = torch.stack([augment(pixels, p, policy, case.device) for p in params])
+        source = [images.read(i) for i in range(VIEWS)] if backend.takes_bytes else pixels
+        made = backend(source, params)
         found[f"levels {name}"] = _levels(made.cpu(), expected)
     return found
 

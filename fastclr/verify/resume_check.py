@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from fastclr.verify.data import SEED, Images
 from fastclr.verify.engine_check import no_batch_norm
 from fastclr.verify.model import make_model
 from fastclr.verify.rows import Row, compared, worst
-from pipelines import ShardSet, SimCLRPolicy, make_loader
+from pipelines import SimCLRPolicy, make_loader
 
 STOP, END, PER_EPOCH = 2, 4, 5  # steps
 # On a GPU sums may be taken in another order at each start. A step without the momentum of those
@@ -66,7 +66,7 @@ def _train(case: Case, run_dir: Path, seed: int) -> float:
         checkpoint_every=STOP,
     )
     loader = make_loader(
-        cast(ShardSet, Images(PER_EPOCH * case.images_per_rank * case.world.num_ranks)),
+        Images(PER_EPOCH * case.images_per_rank * case.world.num_ranks),
         SimCLRPolicy(size=8),
         micro_batch_size=case.images_per_rank,
         seed=SEED,

@@ -6,7 +6,8 @@ comes from sums that end near .5 before a rounding to 8 bit; the jitter can enla
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,18 +20,38 @@ from torchvision.transforms import functional as pil_ops
 from torchvision.transforms.v2 import functional as tensor_ops
 
 from pipelines.augment_reference import augment as reference
+from pipelines.backends import BACKENDS, Augment
 from pipelines.decode import Pixels
-from pipelines.loader import BACKENDS, Augment
 from pipelines.policy import SimCLRPolicy, ViewParams
 
 CPU = torch.device("cpu")
 Picture = Callable[..., Pixels]
 
 
+def one_view(name: str) -> Augment:
+    """Return a back-end as a function that makes one view of decoded images."""
+
+    def augment(
+        images: Sequence[Pixels], params: ViewParams, policy: SimCLRPolicy, device: torch.device
+    ) -> torch.Tensor:
+        backend = BACKENDS[name]([policy], device, 1)
+        source = [png(image) for image in images] if backend.takes_bytes else images
+        (views,) = backend(source, [params])
+        return views
+
+    return augment
+
+
+def png(image: Pixels) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
+
+
 @pytest.fixture(params=BACKENDS)
 def augment(request: pytest.FixtureRequest) -> Augment:
     """Every registered back-end: a new one is not in use without this proof."""
-    return BACKENDS[request.param]()
+    return one_view(request.param)
 
 
 def identity(sizes: list[tuple[int, int]]) -> ViewParams:
@@ -152,7 +173,7 @@ def test_any_crop_equals_the_reference(data: st.DataObject, backend: str) -> Non
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     params = replace(identity([(height, width)]), box_N4=np.array([(top, left, h, w)], np.int32))
     policy = SimCLRPolicy(size=data.draw(st.integers(8, 50)))
-    views = BACKENDS[backend]()([pixels], params, policy, CPU)
+    views = one_view(backend)([pixels], params, policy, CPU)
     assert_close(views, reference([pixels], params, policy), (0.05, 1, 2))
 
 

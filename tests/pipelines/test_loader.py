@@ -18,8 +18,9 @@ from PIL import Image
 from fastclr.batch import Batch
 from fastclr.config import ConfigError
 from fastclr.world import World
-from pipelines import loader as loader_module
-from pipelines.loader import BACKENDS, Loader, evaluation_batches, make_loader
+from pipelines.augment_kornia import augment as kornia
+from pipelines.backends import BACKENDS, ViewByView
+from pipelines.loader import Loader, evaluation_batches, make_loader
 from pipelines.order import permutation
 from pipelines.policy import SimCLRPolicy
 from pipelines.shards import ShardError, ShardSet
@@ -97,7 +98,7 @@ def test_views_are_the_policys(shard_set: ShardSet, uninterrupted: list[Batch]) 
             view=view,
             sizes_N2=shard_set.size_N2[sample_ids],
         )
-        expected = BACKENDS["kornia"]()(images, params, POLICY, torch.device("cpu"))
+        expected = kornia(images, params, POLICY, torch.device("cpu"))
         assert torch.equal(batch.views_VBCHW[view], expected.permute(0, 3, 1, 2))
 
 
@@ -238,13 +239,13 @@ def test_an_abandoned_iterator_stops_its_threads(shard_set: ShardSet, how: str) 
 
 
 def test_waiting_is_counted(shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    kornia = BACKENDS["kornia"]()
-
     def slow(*arguments: Any) -> torch.Tensor:
         time.sleep(0.1)
         return kornia(*arguments)
 
-    monkeypatch.setitem(loader_module.BACKENDS, "slow", lambda: slow)
+    monkeypatch.setitem(
+        BACKENDS, "slow", lambda policies, device, _: ViewByView(slow, policies, device)
+    )
     loader = make(shard_set, backend="slow", num_threads=1, prefetch=1)
     assert loader.wait_seconds == 0
     take(loader, 2)

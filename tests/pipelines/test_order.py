@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastclr.config import ConfigError
 from fastclr.world import World
-from pipelines.order import Order, hash64, order, permutation, uniforms
+from pipelines.order import (
+    BlockOrder,
+    batches_per_epoch,
+    hash64,
+    permutation,
+    places,
+    uniforms,
+)
 
 seeds = st.integers(0, 2**63 - 1)
 epochs = st.integers(0, 10_000)
-
-
-def all_ranks(n: int, micro: int, ranks: int, seed: int, epoch: int, start: int = 0) -> list[Order]:
-    worlds = [World(rank, ranks, rank, ranks) for rank in range(ranks)]
-    return [order(n, micro, seed=seed, epoch=epoch, world=w, start=start) for w in worlds]
-
-
-def global_batches(orders: list[Order]) -> tuple[np.ndarray, np.ndarray]:
-    """Put the ranks' slices side by side: (batches, G) ids and positions."""
-    ids, positions = zip(*orders, strict=True)
-    return np.concatenate(ids, 1), np.concatenate(positions, 1)
 
 
 def test_the_hash_is_splitmix64() -> None:
@@ -86,42 +84,78 @@ def test_each_place_holds_each_sample_equally_often() -> None:
     assert abs(counts - 800).max() < 5 * np.sqrt(4000 * 0.2 * 0.8)
 
 
-@given(
-    n=st.integers(1, 300),
-    micro=st.integers(1, 8),
-    ranks=st.integers(1, 6),
-    seed=seeds,
-    epoch=epochs,
-)
-def test_all_ranks_together_see_each_sample_once(
-    n: int, micro: int, ranks: int, seed: int, epoch: int
+def sizes(data: st.DataObject, least: int = 1) -> np.ndarray:
+    found = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=40))
+    return np.array([*found, least], np.int64)
+
+
+@given(data=st.data(), window=st.integers(1, 50), seed=seeds, epoch=epochs)
+def test_an_epoch_of_blocks_holds_each_id_once(
+    data: st.DataObject, window: int, seed: int, epoch: int
 ) -> None:
-    batch = micro * ranks
-    if n < batch:
-        with pytest.raises(ConfigError, match=f"{n} samples and a global batch {batch}"):
-            all_ranks(n, micro, ranks, seed, epoch)
-        return
-    ids, positions = global_batches(all_ranks(n, micro, ranks, seed, epoch))
-    assert ids.dtype == positions.dtype == np.int64
-    assert ids.shape == (n // batch, batch)
-    assert np.array_equal(ids.ravel(), permutation(n, seed, epoch)[: n - n % batch])
-    assert np.array_equal(positions.ravel(), np.arange(n - n % batch))
+    shard_sizes = sizes(data)
+    order = BlockOrder(shard_sizes, seed=seed, window=window)
+    n = order.num_positions
+    assert n == shard_sizes.sum()
+    ids = order.ids(epoch, 0, n)
+    assert ids.dtype == np.int64 and np.array_equal(np.sort(ids), np.arange(n))
+    cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=5)))
+    parts = [order.ids(epoch, a, b) for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
+    assert np.array_equal(np.concatenate(parts), ids), "parts are not the whole"
+    if window >= len(shard_sizes):
+        assert np.array_equal(ids, permutation(n, seed, epoch))
 
 
-@given(n=st.integers(16, 200), seed=seeds, epoch=epochs)
-@settings(max_examples=30)
-def test_global_batches_are_the_same_on_1_2_and_4_ranks(n: int, seed: int, epoch: int) -> None:
-    one, two, four = (global_batches(all_ranks(n, 16 // r, r, seed, epoch)) for r in (1, 2, 4))
-    for other in (two, four):
-        assert np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
-
-
-@given(data=st.data(), n=st.integers(12, 200), ranks=st.sampled_from([1, 2, 3]), seed=seeds)
-def test_a_start_gives_the_rest_of_the_epoch(
-    data: st.DataObject, n: int, ranks: int, seed: int
+@given(data=st.data(), window=st.integers(1, 8), seed=seeds, epoch=epochs)
+def test_samples_stay_in_their_window_of_shards(
+    data: st.DataObject, window: int, seed: int, epoch: int
 ) -> None:
-    start = data.draw(st.integers(0, n))  # another number of ranks may have stopped anywhere
-    ids, positions = global_batches(all_ranks(n, 4, ranks, seed, 1, start))
-    end = start + (n - start) // (4 * ranks) * 4 * ranks
-    assert np.array_equal(positions.ravel(), np.arange(start, end))
-    assert np.array_equal(ids.ravel(), permutation(n, seed, 1)[start:end])
+    shard_sizes = sizes(data)
+    order = BlockOrder(shard_sizes, seed=seed, window=window)
+    shard_of = np.repeat(np.arange(len(shard_sizes)), shard_sizes)
+    start = 0
+    shards = order.shards(epoch, 0, order.num_positions)
+    assert sorted(set(shards)) == sorted(shards), "a shard is needed twice"
+    for first in range(0, len(shard_sizes), window):
+        here = shards[first : first + window]
+        stop = start + int(shard_sizes[here].sum())
+        ids = order.ids(epoch, start, stop)
+        assert set(shard_of[ids]) <= set(here)
+        if stop > start:
+            assert set(here) <= set(order.shards(epoch, start, stop))
+        start = stop
+    assert start == order.num_positions
+
+
+def test_shards_and_samples_change_with_the_epoch() -> None:
+    order = BlockOrder(np.full(40, 10), seed=0, window=4)
+    assert order.shards(0, 0, 400) != order.shards(1, 0, 400)
+    firsts = np.array([order.shards(epoch, 0, 400)[0] for epoch in range(2000)])
+    counts = np.bincount(firsts, minlength=40)
+    assert abs(counts - 50).max() < 5 * np.sqrt(50)
+
+
+def test_a_billion_samples_are_arithmetic() -> None:
+    started = time.perf_counter()
+    order = BlockOrder(np.full(100_000, 10_000), seed=1)
+    assert order.num_positions == 10**9
+    ids = order.ids(3, 777_777_777, 777_777_777 + 512)
+    assert len(np.unique(ids)) == 512
+    assert time.perf_counter() - started < 1
+
+
+def test_golden_blocks() -> None:
+    order = BlockOrder(np.array([3, 2, 4, 1]), seed=7, window=2)
+    assert order.ids(3, 0, 10).tolist() == [8, 5, 3, 4, 7, 6, 9, 0, 2, 1]
+
+
+@given(micro=st.integers(1, 8), ranks=st.integers(1, 6), start=st.integers(0, 99))
+def test_the_ranks_take_slices_of_the_global_batch(micro: int, ranks: int, start: int) -> None:
+    mine = [places(start, micro, World(rank, ranks, rank, ranks)) for rank in range(ranks)]
+    assert np.concatenate(mine).tolist() == list(range(start, start + micro * ranks))
+
+
+def test_an_epoch_drops_its_incomplete_batch() -> None:
+    assert batches_per_epoch(21, 4) == 5
+    with pytest.raises(ConfigError, match="has 3 samples and a global batch 4"):
+        batches_per_epoch(3, 4)

@@ -27,8 +27,10 @@ from fastclr.kernels import reference
 from fastclr.kernels.tiles import Keys
 from fastclr.losses import NTXent, contrastive, gradient_cache
 from fastclr.optim import lars
-from fastclr.verify import checks, resume_check
-from pipelines import augment_kornia, loader
+from fastclr.verify import checks, data_checks, resume_check
+from fastclr.verify.data import Images
+from pipelines import augment_kornia
+from pipelines.backends import BACKENDS, ViewByView
 from pipelines.policy import SimCLRPolicy
 
 PATIENCE, LITTLE = 60.0, 4.0  # seconds
@@ -103,25 +105,34 @@ def weighted(factors):
 
 def order_of(change):
     """Change what the ranks after the first are given."""
-    original = loader.order
+    original = Images.order
 
-    def order(*args, world, **settings):
-        found = original(*args, world=world, **settings)
-        return change(found) if world.rank else found
+    def order(self, seed):
+        found = original(self, seed)
+        if dist.get_rank():
+            change(found)
+        return found
 
-    return mock.patch.object(loader, "order", order)
-
-
-def without_its_first(found):
-    """Return ids of which one stands in for another."""
-    ids = found.sample_ids.copy()
-    ids[0, 0] = ids[0, 1]
-    return found._replace(sample_ids=ids)
+    return mock.patch.object(Images, "order", order)
 
 
-def one_batch_fewer(found):
-    """Return an epoch that ends early."""
-    return type(found)(*(part[:-1] for part in found))
+def without_its_first(order):
+    """Let the first id that is asked for of an epoch be its neighbour's, also after a resume."""
+    original, begun = order.ids, set()
+
+    def ids(epoch, start, stop):
+        found = original(epoch, start, stop).copy()
+        if epoch not in begun:
+            found[0] = found[1]
+        begun.add(epoch)
+        return found
+
+    order.ids = ids
+
+
+def one_batch_fewer(order):
+    """Let epochs end early."""
+    order.num_positions -= data_checks.BATCH * dist.get_world_size()
 
 
 def drawn_by(change):
@@ -241,16 +252,16 @@ def failing(name):
 def another_pixel(change):
     """Change what the fast back-end makes of images of 32 pixels a side, all or a few of them."""
 
-    def backend():
+    def backend(policies, device, num_threads):
         augment = augment_kornia.augment
 
         def changed(images, params, policy, device):
             views = augment(images, params, policy, device)
             return change(views) if policy.size == 32 else views
 
-        return changed
+        return ViewByView(changed, policies, device)
 
-    return mock.patch.dict(loader.BACKENDS, kornia=backend)
+    return mock.patch.dict(BACKENDS, kornia=backend)
 
 
 def one_far_off(views):
@@ -274,6 +285,11 @@ class Like:
 
     def __getattr__(self, name):
         return self._other[name] if name in self._other else getattr(self._module, name)
+
+
+def fp16_supported(answer):
+    """Let DeepSpeed think that this processor has half precision, or has not."""
+    return mock.patch.object(get_accelerator(), "is_fp16_supported", lambda: answer)
 
 
 LAST = "an error in loss"  # it leaves the ranks out of step
@@ -342,7 +358,7 @@ BROKEN = {
         ),
     ),
     "an error in order": (STAGE[0], lambda: failing("order")),
-    "no fp16 here": ({**STAGE[1], "fp16": {"enabled": True}}, nullcontext),
+    "no fp16 here": ({**STAGE[1], "fp16": {"enabled": True}}, lambda: fp16_supported(False)),
     LAST: (STAGE[0], lambda: failing("loss")),
 }
 
@@ -371,10 +387,9 @@ def measure(folder: Path) -> dict[str, Any]:
 
     many = dist.get_world_size() > 1
     for name, ds in SOUND.items():
-        # DeepSpeed refuses fp16 on a CPU, which torch has learnt meanwhile.
-        supported = mock.patch.object(get_accelerator(), "is_fp16_supported", lambda: True)
+        # DeepSpeed refuses fp16 on most CPUs, which torch has learnt meanwhile.
         if many or name in ON_ONE_RANK:
-            with supported if name == "fp16" else nullcontext():
+            with fp16_supported(True) if name == "fp16" else nullcontext():
                 note(name, ds)
     if many:
         for name, (ds, sabotage) in BROKEN.items():

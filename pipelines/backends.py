@@ -1,0 +1,84 @@
+"""The augmentation back-ends: what one is, and where each is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pipelines.decode import Pixels
+from pipelines.policy import SimCLRPolicy, ViewParams
+
+
+class Backend(Protocol):
+    """Applies drawn numbers to images. It draws none, so all make comparable pixels.
+
+    Attributes:
+        takes_bytes: Whether it is given encoded images, checked by their headers, and decodes them
+            itself; else decoded ones.
+        chunk: Images it is given in one call; None for all of a batch. Calls come from several
+            threads at once.
+    """
+
+    takes_bytes: bool
+    chunk: int | None
+
+    def __call__(
+        self, images: Sequence[Pixels] | Sequence[bytes], params: Sequence[ViewParams]
+    ) -> torch.Tensor:
+        """Make the views of n images.
+
+        Args:
+            images: n source images: uint8 (H, W, 3) of any sizes, or encoded.
+            params: Numbers of n views, for each of V views.
+
+        Returns:
+            uint8 (V, n, size, size, 3), on the back-end's device.
+
+        Raises:
+            DamagedImage: If an encoded image does not decode.
+        """
+        ...
+
+
+Augment = Callable[[Sequence[Pixels], ViewParams, SimCLRPolicy, torch.device], torch.Tensor]
+
+
+@dataclass
+class ViewByView:
+    """A back-end that makes one view after the other with a function."""
+
+    augment: Augment
+    policies: Sequence[SimCLRPolicy]
+    device: torch.device
+    takes_bytes: bool = False
+    chunk: int | None = None
+
+    def __call__(
+        self, images: Sequence[Pixels] | Sequence[bytes], params: Sequence[ViewParams]
+    ) -> torch.Tensor:
+        """Make the views of n images; see :class:`Backend`."""
+        pairs = zip(params, self.policies, strict=True)
+        return torch.stack([self.augment(images, p, policy, self.device) for p, policy in pairs])  # pyright: ignore[reportArgumentType]
+
+
+# A policy for each view, the device of the views, and the threads of a back-end that has its own.
+Make = Callable[[Sequence[SimCLRPolicy], torch.device, int], Backend]
+
+
+def _kornia(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
+    from pipelines.augment_kornia import augment
+
+    return ViewByView(augment, policies, device)
+
+
+def _reference(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
+    from pipelines.augment_reference import augment
+
+    return ViewByView(augment, policies, device, chunk=16)
+
+
+# Each imports its packages when it is chosen: they need not be installed to use another.
+BACKENDS: dict[str, Make] = {"kornia": _kornia, "reference": _reference}
