@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from fastclr.config import ConfigError
 from pipelines.decode import Pixels
 from pipelines.policy import SimCLRPolicy, ViewParams
 
@@ -82,3 +84,43 @@ def _reference(policies: Sequence[SimCLRPolicy], device: torch.device, num_threa
 
 # Each imports its packages when it is chosen: they need not be installed to use another.
 BACKENDS: dict[str, Make] = {"kornia": _kornia, "reference": _reference}
+# Decode themselves, so that decoded images in memory are nothing to them.
+TAKE_BYTES = ("dali",)
+
+
+def resolve_backend(name: str, device: torch.device, in_memory: bool = False) -> str:
+    """Return the back-end that a name means on a device; only ``auto`` means another.
+
+    ``auto`` is ``threads`` on a CPU, and ``dali`` on CUDA where it is installed; ``kornia`` where
+    these are not there.
+
+    Args:
+        name: Key of :data:`BACKENDS`, or ``auto``.
+        device: Where the views are to lie.
+        in_memory: Whether the images are decoded already.
+
+    Raises:
+        ConfigError: If there is none of that name, or it needs encoded images and gets none.
+    """
+    if name == "auto":
+        best = "dali" if device.type == "cuda" and _has_dali() and not in_memory else "kornia"
+        best = "threads" if device.type == "cpu" else best
+        return best if best in BACKENDS else "kornia"
+    if name not in BACKENDS:
+        raise ConfigError(
+            f"backend {name!r} is unknown: choose from {', '.join(BACKENDS)}, or auto."
+        )
+    if in_memory and name in TAKE_BYTES:
+        raise ConfigError(
+            f"backend {name!r} decodes images itself, and data.in_memory holds decoded ones: leave "
+            "data.in_memory out, or choose another back-end."
+        )
+    return name
+
+
+def _has_dali() -> bool:
+    """Whether DALI is installed; found without importing it."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no package nvidia at all
+        return False

@@ -13,6 +13,7 @@ Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 64 * 1024 * 1024  # a 100 kB file can claim a gigabyte of pixels
 FORMATS = ("JPEG", "PNG", "WEBP")
+_JPEG_START = b"\xff\xd8"
 # MPO: what Pillow calls the JPEG of a camera that appends a second picture.
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -46,11 +47,55 @@ def check_image(data: bytes) -> tuple[str, int, int]:
     return extension, height, width
 
 
+def check_header(data: bytes) -> tuple[int, int]:
+    """Check what costs no decoding: format, number of pixels, and that the end is there.
+
+    An image without its end marker in the last place (cut, or with bytes appended, which is no
+    damage) is decoded once, strictly. Damage between header and end is left to the decoder.
+
+    Returns:
+        Height and width in pixels.
+
+    Raises:
+        DamagedImage: See :func:`check_image`.
+    """
+    if not _has_end(data):
+        return check_image(data)[1:]
+    try:
+        if data[:2] == _JPEG_START:
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            _check_size(int(width), int(height))
+            return int(height), int(width)
+        with _open(data) as image:
+            return image.height, image.width
+    except DamagedImage:
+        raise
+    except Exception as error:  # decoders raise anything on hostile bytes
+        raise DamagedImage(f"does not decode: {error}") from error
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether the bytes end where their format says."""
+    if data[:2] == _JPEG_START:
+        return data.endswith(b"\xff\xd9")
+    if data[:4] == b"RIFF":  # WebP tells its length, without the first 8 bytes
+        return int.from_bytes(data[4:8], "little") + 8 == len(data)
+    return data.endswith(b"\0\0\0\0IEND\xaeB`\x82")
+
+
 def decode(data: bytes) -> Pixels:
     """Decode an image to RGB.
 
-    EXIF rotation is not applied, as in torchvision. Gray, palette, CMYK and 16-bit images become
-    8-bit RGB; transparency is dropped.
+    What becomes of images that are not 8-bit RGB, the same for every back-end:
+
+    - gray and black-and-white: three equal channels;
+    - 16 bit: the high byte of each sample, not scaled to the image's range;
+    - palette: its colours;
+    - CMYK and YCCK: Pillow's conversion, without colour management;
+    - transparency: dropped, whatever colour lies under it;
+    - EXIF rotation: not applied here, as in torchvision; packing may have applied it;
+    - any size from 1 x 1 (a crop is then that pixel, repeated) to :data:`MAX_PIXELS` pixels; more
+      is refused before anything is decoded.
 
     Returns:
         uint8 (H, W, 3).
@@ -59,7 +104,7 @@ def decode(data: bytes) -> Pixels:
         DamagedImage: See :func:`check_image`.
     """
     try:
-        if data[:2] == b"\xff\xd8" and _is_plain_jpeg(data):
+        if data[:2] == _JPEG_START and _is_plain_jpeg(data):
             return simplejpeg.decode_jpeg(data, colorspace="RGB")
         with _open(data) as image:
             return np.array(_to_rgb(image))

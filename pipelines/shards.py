@@ -34,6 +34,22 @@ class ShardError(RuntimeError):
     """Shards that are missing, damaged or not what the manifest says; names shard and key."""
 
 
+class DamagedSample(ShardError):
+    """A sample whose bytes were read and are no good image: what ``data.on_damage`` is about.
+
+    Args:
+        place: Shard and key.
+        reason: What is wrong, a predicate.
+    """
+
+    def __init__(self, place: str, reason: object) -> None:
+        self.reason = str(reason)
+        super().__init__(
+            f"{place} {reason}. It was whole when it was packed: check the shard against its "
+            "sha256, restore it or pack again."
+        )
+
+
 @dataclass(frozen=True)
 class Sample:
     """One row of a shard's index, a line of JSON.
@@ -141,10 +157,10 @@ class ShardSet:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise ShardError(f"{self._place(sample_id)} cannot be read: {error}.") from error
+            raise ShardError(f"{self.place(sample_id)} cannot be read: {error}.") from error
         if len(data) != sample.num_bytes:
             raise ShardError(
-                f"{self._place(sample_id)}: {len(data)} of {sample.num_bytes} bytes are there. The "
+                f"{self.place(sample_id)}: {len(data)} of {sample.num_bytes} bytes are there. The "
                 "shard was cut after it was opened; restore it or pack again."
             )
         return data
@@ -153,22 +169,22 @@ class ShardSet:
         """Return the decoded image, uint8 (H, W, 3) RGB.
 
         Raises:
-            ShardError: If it cannot be read or decoded, or has another size than the index says.
+            DamagedSample: If it does not decode, or has another size than the index says.
+            ShardError: If it cannot be read.
         """
         try:
             pixels = decode(self.read(sample_id))
         except DamagedImage as error:
-            raise ShardError(
-                f"{self._place(sample_id)} {error}. It was whole when it was packed: check the "
-                "shard against its sha256, restore it or pack again."
-            ) from error
+            raise DamagedSample(self.place(sample_id), error) from error
         expected = tuple(self.size_N2[sample_id].tolist())
         if pixels.shape[:2] != expected:
-            raise ShardError(
-                f"{self._place(sample_id)} is {pixels.shape[:2]} pixels, its index says "
-                f"{expected}: the index belongs to another shard; pack again."
+            raise DamagedSample(
+                self.place(sample_id), f"is {pixels.shape[:2]} pixels, its index says {expected}"
             )
         return pixels
+
+    def prefetch(self, shards: list[int]) -> None:
+        """Take a hint of what is read next; local shards need none."""
 
     def verify(self, progress: Callable[[int], None] = lambda _: None) -> None:
         """Read every tar and compare its sha256 with the manifest.
@@ -195,7 +211,7 @@ class ShardSet:
         """Return where a sample came from, relative to the packed source."""
         return self._samples[sample_id].source
 
-    def _place(self, sample_id: int) -> str:
+    def place(self, sample_id: int) -> str:
         """Name shard, key and source of a sample for an error."""
         sample, file = self._samples[sample_id], self._files[self._shard_N[sample_id]]
         return f"{file}, key {sample.key} (from {sample.source})"

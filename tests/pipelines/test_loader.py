@@ -20,7 +20,8 @@ from fastclr.config import ConfigError
 from fastclr.world import World
 from pipelines.augment_kornia import augment as kornia
 from pipelines.backends import BACKENDS, ViewByView
-from pipelines.loader import Loader, evaluation_batches, make_loader
+from pipelines.evaluation_views import evaluation_batches
+from pipelines.loader import Loader, make_loader
 from pipelines.order import permutation
 from pipelines.policy import SimCLRPolicy
 from pipelines.shards import ShardError, ShardSet
@@ -257,7 +258,9 @@ def test_waiting_is_counted(shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_unknown_backend_is_refused(shard_set: ShardSet) -> None:
-    with pytest.raises(ConfigError, match="backend 'dahli' is unknown: choose from kornia"):
+    with pytest.raises(
+        ConfigError, match="backend 'dahli' is unknown: choose from kornia, reference"
+    ):
         make(shard_set, backend="dahli")
 
 
