@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import resource
 import struct
@@ -18,7 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.decode import MAX_PIXELS, DamagedImage, Pixels, check_image, decode
+from pipelines.decode import (
+    MAX_PIXELS,
+    DamagedImage,
+    Pixels,
+    check_header,
+    check_image,
+    decode,
+)
 
 Picture = Callable[..., Pixels]
 Encode = Callable[..., bytes]
@@ -243,3 +251,68 @@ def test_threads_leave_the_warning_filters_alone(jpeg: bytes) -> None:
         thread.join()
     sys.setswitchinterval(interval)
     assert list(warnings.filters) == before
+
+
+def test_headers_tell_the_size_of_every_mode(picture: Picture, encode: Encode) -> None:
+    image = Image.fromarray(picture(20, 31))
+    gray, cmyk = image.convert("L"), image.convert("CMYK")
+    deep = Image.fromarray(np.arange(620, dtype=np.uint16).reshape(20, 31))
+    images = [(image, kind) for kind in ("JPEG", "PNG", "WEBP")]
+    images += [(gray, "JPEG"), (cmyk, "JPEG"), (deep, "PNG"), (image.quantize(9), "PNG")]
+    for source, kind in images:
+        assert check_header(encode(source, kind)) == (20, 31)
+    assert check_header(encode(image, "JPEG") + b"appended by a camera") == (20, 31)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        assert check_header(encode(picture(1, 1), kind)) == (1, 1)
+
+
+def test_headers_are_read_without_decoding(
+    jpeg: bytes, picture: Picture, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [encode(picture(9, 9 + k), kind) for k in (0, 1) for kind in ("PNG", "WEBP")]
+    monkeypatch.setattr("pipelines.decode.check_image", lambda data: pytest.fail("decoded"))
+    found = [check_header(data) for data in (jpeg, *others)]
+    assert found == [(224, 224), (9, 9), (9, 9), (9, 10), (9, 10)]
+
+
+@pytest.mark.parametrize("damage", ["half", "100 bytes short", "no end marker", "empty"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_what_is_cut_is_refused_by_its_header(
+    picture: Picture, encode: Encode, damage: str, kind: str
+) -> None:
+    """As by the strict check: a cut that costs no pixel is no damage to it either."""
+    bad = DAMAGE[damage](encode(picture(64, 64), kind))
+    try:
+        expected = check_image(bad)[1:]
+    except DamagedImage:
+        with pytest.raises(DamagedImage):
+            check_header(bad)
+    else:
+        assert check_header(bad) == expected
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_headers_of_too_many_pixels_are_refused(kind: str, jpeg: bytes) -> None:
+    data = png_claiming(9500, 9500) if kind == "png" else jpeg_claiming(jpeg, 9500, 9500)
+    with pytest.raises(DamagedImage, match=r"pixels, more than the limit|exceeds limit"):
+        check_header(data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_no_header_raises_anything_else(
+    kind: str, data: st.DataObject, encode: Encode, picture: Picture
+) -> None:
+    raw = bytearray(encode(picture(16, 16), kind))
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, min(40, len(raw) - 1)))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(DamagedImage):
+        height, width = check_header(bytes(raw))
+        assert height > 0 and width > 0 and height * width <= MAX_PIXELS
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_one_pixel_is_an_image(picture: Picture, encode: Encode, kind: str) -> None:
+    data = encode(picture(1, 1), kind)
+    assert check_image(data)[1:] == (1, 1) and decode(data).shape == (1, 1, 3)
