@@ -53,9 +53,7 @@ def test_a_back_end_that_decodes_is_refused_for_decoded_images(
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"'dahli' is unknown: choose from .*reference.*, or auto"
-    ):
+    with pytest.raises(ConfigError, match=r"'dahli' is unknown: .*reference.*, or auto"):
         resolve_backend("dahli", CPU)
 
 
