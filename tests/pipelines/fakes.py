@@ -57,6 +57,9 @@ class FakeSet:
         return data[: len(data) // 2] if kind == "cut" else data
 
     def __getitem__(self, sample_id: int) -> Pixels:
+        if sample_id not in self.damage:
+            self.reads.append(sample_id)
+            return self.pixels(sample_id)
         try:
             pixels = decode(self.read(sample_id))
         except DamagedImage as error:

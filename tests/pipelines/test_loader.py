@@ -295,10 +295,12 @@ def make_many(images: FakeSet, micro: int, ranks: int = 1, rank: int = 0, **more
     return make_loader(images, SMALL, micro_batch_size=micro, **settings)
 
 
-@pytest.mark.usefixtures("chunked")
-def test_1000_places_are_the_same_on_any_ranks_and_after_resume_on_others() -> None:
+def test_1000_places_are_the_same_on_any_ranks_and_after_resume_on_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """420 samples in 60 shards, windows of 7 shards: 840 places are two whole epochs, 160 more."""
     images = FakeSet([7] * 60, window=7)
+    monkeypatch.setitem(BACKENDS, "pixels", lambda p, d, n: ParamsBackend(p, 16))
     micro_of = {1: 84, 2: 42, 3: 28, 4: 21, 7: 12}  # batches of 84
 
     def batches(ranks: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -322,7 +324,7 @@ def test_1000_places_are_the_same_on_any_ranks_and_after_resume_on_others() -> N
     for ranks in (2, 3, 4, 7):
         found_X, found_views_X = batches(ranks, 0, num_batches)
         assert torch.equal(found_X, ids_X) and torch.equal(found_views_X, views_X)
-    for before, after, stop in [(1, 7, 3), (7, 2, 5), (3, 4, 8), (4, 3, 11), (2, 1, 1)]:
+    for before, after, stop in [(1, 7, 3), (7, 2, 5), (3, 4, 11)]:
         parts = [batches(before, 0, stop), batches(after, stop, num_batches)]
         assert torch.equal(torch.cat([ids for ids, _ in parts]), ids_X)
         assert torch.equal(torch.cat([views for _, views in parts], 1), views_X)
