@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
 
@@ -32,29 +31,15 @@ def test_damage_ends_a_run_or_is_replaced_and_told(commands, photos, tmp_path):
     assert done.returncode == 65
     assert ".tar, key " in done.stderr and "Traceback" not in done.stderr
 
-    # What is done about damage is not what the run is: it may be changed to go on.
-    for in_memory in ("--data.no-in-memory", "--data.in-memory"):
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-        done = commands.run(*command, "--data.on-damage", "replace", in_memory)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stderr.count("The next sample of the order takes its place") == 2
-        assert "2 damaged images were replaced" in done.stdout
-        rows = (run_dir / "metrics.jsonl").read_text().splitlines()
-        assert json.loads(rows[-1])["damaged_samples"] == 2
-        assert json.loads((run_dir / "summary.json").read_text())["damaged_samples"] == 2
+    done = commands.run(*command, "--data.on-damage", "replace", "--data.in-memory")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("The next sample of the order takes its place") == 2
+    assert "2 damaged images were replaced" in done.stdout
+    rows = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["damaged_samples"] == 2
+    assert json.loads((run_dir / "summary.json").read_text())["damaged_samples"] == 2
     config = json.loads((run_dir / "config.json").read_text())["config"]
     assert config["data"]["backend"] != "auto" and config["data"]["backend"] in done.stdout
-
-    done = commands.run(*command, "--data.on-damage", "replace", "--data.backend", "reference")
-    assert done.returncode == 78
-    assert f"data.backend: {config['data']['backend']} before, reference now" in done.stderr
-    second = ("views-second:views-config", "--views-second.size", "32")
-    done = commands.run(*command, "--data.on-damage", "replace", *second)
-    assert done.returncode == 78 and "views_second.size: None before, 32 now" in done.stderr
-
-    done = commands.run(sys.executable, "tools/report.py", "--run", run_dir)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 damaged images replaced by others" in (run_dir / "report.html").read_text()
 
 
 def test_more_views_than_the_loss_compares_are_refused(photos, tmp_path):
