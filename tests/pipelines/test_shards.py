@@ -14,6 +14,16 @@ import pytest
 
 from pipelines.shards import ShardError, ShardSet
 
+FIELDS = [
+    "file",
+    "index",
+    "dali_index",
+    "num_samples",
+    "num_bytes",
+    "sha256",
+    "index_sha256",
+    "dali_index_sha256",
+]
 Edit = Callable[[dict[str, Any]], object]
 
 
@@ -54,14 +64,37 @@ def refuse(packed: Path, *parts: str) -> None:
         assert part in str(caught.value)
 
 
+def refuse_at_first_use(packed: Path, *parts: str) -> None:
+    """Every way into a shard meets what is wrong with its index."""
+    whole = ShardSet.open(packed)
+    uses: list[Callable[[], object]] = [
+        lambda: whole[3],
+        lambda: whole.read(0),
+        lambda: whole.sizes(np.array([20, 2])),
+        lambda: whole.labels(np.array([7])),
+        lambda: whole.label_N,
+        lambda: whole.size_N2,
+        lambda: whole.source_of(1),
+    ]
+    for use in uses:
+        with pytest.raises(ShardError) as caught:
+            use()
+        for part in (str(packed), *parts):
+            assert part in str(caught.value)
+    assert whole[10].shape[2] == 3  # the other shards are as good as before
+
+
 def test_an_untouched_copy_opens(packed: Path, shard_set: ShardSet) -> None:
     copy = ShardSet.open(str(packed))
     copy.verify()
     assert copy.digest == shard_set.digest and len(copy) == 21
     assert copy.label_N.dtype == np.int64 and copy.size_N2.dtype == np.int32
     assert [image.shape[:2] for image in copy] == [tuple(size) for size in copy.size_N2.tolist()]
-    with pytest.raises(IndexError):
-        copy[21]
+    for wrong in (21, -1):
+        with pytest.raises(IndexError):
+            copy[wrong]
+        with pytest.raises(IndexError):
+            copy.sizes(np.array([0, wrong]))
 
 
 @pytest.mark.parametrize("damage", ["nowhere", "a file", "no manifest"])
@@ -91,10 +124,8 @@ def test_a_manifest_without_a_key(packed: Path, key: str) -> None:
     refuse(packed, "manifest.json is damaged", key)
 
 
-@pytest.mark.parametrize(
-    "key", ["file", "index", "num_samples", "num_bytes", "sha256", "index_sha256"]
-)
-@pytest.mark.parametrize("value", ["gone", None, [1]], ids=str)
+@pytest.mark.parametrize("key", FIELDS)
+@pytest.mark.parametrize("value", ["gone", None, [1], True], ids=str)
 def test_a_manifest_with_a_bad_shard_entry(packed: Path, key: str, value: object) -> None:
     edit_manifest(
         packed,
@@ -121,14 +152,16 @@ def test_a_manifest_with_a_wrong_type(packed: Path, key: str, value: object) -> 
     refuse(packed, "manifest.json is damaged")
 
 
-@pytest.mark.parametrize("change", [{"version": 2}, {"version": "1"}, {"format": "other"}])
+@pytest.mark.parametrize("change", [{"version": 1}, {"version": "2"}, {"format": "other"}])
 def test_another_format_or_version(packed: Path, change: dict[str, object]) -> None:
     edit_manifest(packed, lambda m: m.update(change))
-    refuse(packed, "this fastclr reads fastclr-shards version 1", str(next(iter(change.values()))))
+    refuse(
+        packed, "this fastclr reads fastclr-shards version 2", "pack again", str(*change.values())
+    )
 
 
-@pytest.mark.parametrize("key", ["file", "index"])
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "./x", "x/"])
+@pytest.mark.parametrize("key", ["file", "index", "dali_index"])
+@pytest.mark.parametrize("name", ["", "../secret", "/etc/passwd", "a/b", "..", "./x", "x/"])
 def test_a_manifest_that_leaves_its_folder(packed: Path, key: str, name: str) -> None:
     (packed.parent / "secret").write_bytes(tar(packed).read_bytes())
     edit_manifest(packed, lambda m: m["shards"][0].update({key: name}))
@@ -162,7 +195,7 @@ def test_a_tampered_index(packed: Path) -> None:
     raw = file.read_bytes()
     file.write_bytes(raw.replace(b'"label": 0', b'"label": 1', 1))
     assert file.read_bytes() != raw
-    refuse(packed, "train-000000.index.jsonl does not have the sha256 of its manifest")
+    refuse_at_first_use(packed, "train-000000.index.jsonl does not have the sha256 of its manifest")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +205,7 @@ def test_a_tampered_index(packed: Path) -> None:
 )
 def test_an_index_of_nonsense_with_the_right_hash(packed: Path, raw: bytes) -> None:
     write_index(packed, raw)
-    refuse(packed, "train-000000.index.jsonl", "pack again")
+    refuse_at_first_use(packed, "train-000000.index.jsonl", "pack again")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +215,13 @@ def test_an_index_of_nonsense_with_the_right_hash(packed: Path, raw: bytes) -> N
         {"offset": -1},
         {"offset": "0"},
         {"offset": 512.0},
+        {"offset": 0},
+        {"offset": 513},
+        {"offset": 2**70},
+        {"height": True},
+        {"num_bytes": 0},
+        {"height": 2**14, "width": 2**14},
+        {"extension": None},
         {"num_bytes": 10**9},
         {"num_bytes": -5},
         {"num_bytes": None},
@@ -200,25 +240,40 @@ def test_an_index_of_nonsense_with_the_right_hash(packed: Path, raw: bytes) -> N
 )
 def test_an_index_line_that_cannot_be(packed: Path, values: dict[str, object]) -> None:
     edit_index(packed, 3, **values)
-    refuse(packed, "train-000000.index.jsonl", "pack again")
+    refuse_at_first_use(packed, "train-000000.index.jsonl", "pack again")
 
 
 @pytest.mark.parametrize("label", [3, -2, 2**31 - 1])
 def test_a_label_without_a_class(packed: Path, label: int) -> None:
     edit_index(packed, 0, label=label)
-    refuse(packed, f"{label}", "there are 3 classes")
+    refuse_at_first_use(packed, f"{label}", "there are 3 classes")
 
 
 def test_a_key_twice(packed: Path) -> None:
-    edit_index(packed, 0, key="000000020")  # of the last shard
-    refuse(packed, "a key appears twice")
+    edit_index(packed, 0, key="000000007")
+    refuse_at_first_use(packed, "train-000000.index.jsonl", "a key appears twice")
+
+
+@pytest.mark.parametrize("key", FIELDS[:3])
+def test_a_file_twice(packed: Path, key: str) -> None:
+    edit_manifest(packed, lambda m: m["shards"][1].update({key: m["shards"][0][key]}))
+    refuse(packed, "manifest.json names a file twice")
+
+
+@pytest.mark.parametrize("value", ["", "../../etc/passwd", "0" * 63, "G" * 64, "0" * 64 + "\n"])
+@pytest.mark.parametrize("key", ["sha256", "index_sha256", "dali_index_sha256"])
+def test_a_hash_that_is_none(packed: Path, key: str, value: str) -> None:
+    edit_manifest(packed, lambda m: m["shards"][2].update({key: value}))
+    refuse(packed, "manifest.json is damaged", key)
 
 
 def test_counts_that_contradict(packed: Path) -> None:
     edit_manifest(packed, lambda m: m.update(num_samples=22))
-    refuse(packed, "list 21 samples, the manifest says 22")
-    edit_manifest(packed, lambda m: m["shards"][0].update(num_samples=7))
-    refuse(packed, "train-000000.index.jsonl does not fit train-000000.tar")
+    refuse(packed, "hold 21 samples, the manifest says 22")
+    edit_manifest(packed, lambda m: m["shards"][0].update(num_samples=9))
+    refuse_at_first_use(
+        packed, "train-000000.index.jsonl does not fit train-000000.tar", "lists 8", "says 9"
+    )
 
 
 def test_no_samples_at_all(packed: Path) -> None:
