@@ -133,6 +133,11 @@ class ShardSet:
         """Number of classes; 0 without labels."""
         return len(self.class_names)
 
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self._counts)
+
     @cached_property
     def label_N(self) -> Int64:  # noqa: N802
         """int64 labels of all samples, -1 where there is none; reads every index."""
@@ -224,7 +229,7 @@ class ShardSet:
         Raises:
             ShardError: At the first shard that differs.
         """
-        for number in range(len(self._counts)):
+        for number in range(self.num_shards):
             progress(self._storage.verify(number))
 
     def source_of(self, sample_id: int) -> str:
@@ -251,7 +256,7 @@ class ShardSet:
             yield self._indexes[number], at, ids[at] - self._firsts[number]
 
     def _all_indexes(self) -> Iterator[Index]:
-        return (self._indexes[number] for number in range(len(self._counts)))
+        return (self._indexes[number] for number in range(self.num_shards))
 
     def _place(self, sample_id: int) -> str:
         """Name shard, key and source of a sample for an error."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipelines.shards import ShardError, ShardSet
+import pipelines.packed as shards_of
+from fastclr.config import ConfigError
+from pipelines.shards import Sample, ShardError, ShardSet
 
 FIELDS = [
     "file",
@@ -335,3 +342,193 @@ def test_an_image_of_another_size_than_its_index(packed: Path) -> None:
     expected = rf"key 000000004 .* is \({height}, {width}\) pixels, .* \({height + 1}, {width}\)"
     with pytest.raises(ShardError, match=expected):
         shards[4]
+
+
+def test_an_image_replaced_by_another_of_its_length(packed: Path) -> None:
+    """Bytes of another place are found by the tar header before them."""
+    first, second = (json.loads(line) for line in index_lines(packed)[:2])
+    edit_index(packed, 0, **{k: second[k] for k in ("offset", "num_bytes", "height", "width")})
+    shards = ShardSet.open(packed)
+    name = rf"{second['key']}\.{second['extension']}"
+    with pytest.raises(ShardError, match=rf"key {first['key']} .*the tar has '{name}'"):
+        shards.read(0)
+    assert shards.read(1)
+
+
+def test_an_image_of_another_length_than_its_index(packed: Path) -> None:
+    num_bytes = json.loads(index_lines(packed)[2])["num_bytes"]
+    edit_index(packed, 2, num_bytes=num_bytes - 1)
+    with pytest.raises(ShardError, match=rf"has {num_bytes - 1} bytes, the tar says {num_bytes}"):
+        ShardSet.open(packed).read(2)
+
+
+def index_lines(packed: Path) -> list[str]:
+    return (packed / "train-000000.index.jsonl").read_text().splitlines()
+
+
+def test_no_command_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="runs none"):
+        ShardSet.open("pipe:touch here")
+    assert not (tmp_path / "here").exists()
+
+
+def test_open_reads_the_manifest_alone(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    parse = shards_of.parse_index
+    monkeypatch.setattr(
+        shards_of, "parse_index", lambda raw, **more: read.append("x") or parse(raw, **more)
+    )
+    shards = ShardSet.open(packed)
+    assert len(shards) == 21 and read == []
+    assert shards[17].shape[2] == 3 and shards.read(20) and read == ["x"]
+    assert shards.sizes(np.array([0, 17])).shape == (2, 2) and len(read) == 2
+
+
+def test_files_stay_open_in_bounded_number(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_now() -> int:
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.exists()]
+        return sum(link.resolve().parent == packed.resolve() for link in links)
+
+    monkeypatch.setattr("pipelines.shards.MOST_FILES", 2)
+    opened: list[object] = []
+    really_open = os.open
+    monkeypatch.setattr(os, "open", lambda *a: opened.append(a[0]) or really_open(*a))
+    shards = ShardSet.open(packed)
+    for i in (0, 1, 8, 9, 0, 8, 16, 17, 8):
+        shards.read(i)
+    assert len(opened) == 3 and open_now() == 2  # 16 pushed 0 out
+    shards.read(0)
+    assert len(opened) == 4 and open_now() == 2
+    del shards
+    gc.collect()
+    assert open_now() == 0
+
+
+def test_threads_that_read_everywhere(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.shards.MOST_FILES", 1)
+    whole = ShardSet.open(packed)
+    expected = [whole.read(i) for i in range(21)]
+    ids = np.random.default_rng(0).integers(0, 21, 600).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        for i, data in zip(ids, pool.map(ShardSet.open(packed).read, ids), strict=True):
+            assert data == expected[i]
+
+
+def test_ten_million_samples(tmp_path: Path) -> None:
+    """Opening costs the manifest, a sample costs its shard's index."""
+    num_samples, num_bytes = 4096, 512 + 4096 * 1024
+    raw = "".join(
+        Sample(f"{i:09d}", "jpg", 512 + i * 1024, 500, 9, 8, i % 7, f"c/{i}.jpg").line()
+        for i in range(num_samples)
+    ).encode()
+    digest = hashlib.sha256(raw).hexdigest()
+    entries = []
+    for number in range(2441):
+        entry: dict[str, Any] = dict.fromkeys(
+            ("sha256", "index_sha256", "dali_index_sha256"), digest
+        )
+        name = f"x-{number:06d}"
+        entry |= {"file": f"{name}.tar", "index": f"{name}.jsonl", "dali_index": f"{name}.idx"}
+        entries.append(entry | {"num_samples": num_samples, "num_bytes": num_bytes})
+        with (tmp_path / entry["file"]).open("wb") as stream:
+            stream.truncate(num_bytes)  # a hole
+        (tmp_path / entry["index"]).write_bytes(raw if number in (7, 2400) else b"not read")
+    manifest: dict[str, Any] = {"format": "fastclr-shards", "version": 2, "shards": entries}
+    manifest |= {"num_samples": 2441 * num_samples, "class_names": list("abcdefg")}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    program = (
+        "import sys, time; import numpy as np; from pipelines.shards import ShardSet\n"
+        "started = time.process_time(); s = ShardSet.open(sys.argv[1])\n"
+        "order = s.order(0); ids = order.ids(3, 5_000_000, 5_000_512)\n"
+        "seconds = time.process_time() - started\n"
+        "assert len(s) == 9_998_336 and len(set(ids.tolist())) == 512\n"
+        "assert s.labels(np.array([2400 * 4096 + 8, 7 * 4096])).tolist() == [1, 0]\n"
+        "peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]\n"
+        "print(seconds, int(peak) / 1024)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    seconds, megabytes = map(float, run.stdout.split())
+    assert seconds < 2 and megabytes < 500
+
+
+class Remote:
+    """Stands in for `pipelines.remote`: a folder behind a URL."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.fetched: list[str] = []
+        self.opened: list[str] = []
+        self.wanted: list[tuple[str, int, str]] = []
+
+    def fetch(self, url: str) -> bytes:
+        self.fetched.append(url)
+        return (self.folder / self.name(url)).read_bytes()
+
+    def name(self, url: str) -> str:
+        base, query = url.split("?")
+        assert query == "token=secret" and base.startswith("https://me:pw@host/set/")
+        return base.rpartition("/")[2]
+
+    def ShardCache(self, folder: Path, max_bytes: int) -> Remote:
+        self.cache = (folder, max_bytes)
+        return self
+
+    def open(self, url: str, *, num_bytes: int, sha256: str) -> int:
+        self.opened.append(url)
+        raw = (self.folder / self.name(url)).read_bytes()
+        assert len(raw) == num_bytes and hashlib.sha256(raw).hexdigest() == sha256
+        return os.open(self.folder / self.name(url), os.O_RDONLY)
+
+    def prefetch(self, shards: list[tuple[str, int, str]]) -> None:
+        self.wanted += shards
+
+
+URL = "https://me:pw@host/set/?token=secret"
+
+
+@pytest.fixture
+def remote(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
+    stand_in = Remote(packed)
+    monkeypatch.setitem(sys.modules, "pipelines.remote", stand_in)  # type: ignore[arg-type]
+    return stand_in
+
+
+def test_a_remote_set_is_the_local_one(remote: Remote, packed: Path, tmp_path: Path) -> None:
+    local = ShardSet.open(packed)
+    far = ShardSet.open(URL, cache_dir=tmp_path / "cache", cache_bytes=123)
+    assert remote.cache == (tmp_path / "cache" / "shards", 123)
+    assert far.digest == local.digest and far.path == "https://host/set"
+    assert len(remote.fetched) == 1 and remote.opened == []
+    assert [far.read(i) for i in range(21)] == [local.read(i) for i in range(21)]
+    assert len(remote.opened) == 3 and len(remote.fetched) == 4
+    assert np.array_equal(far.label_N, local.label_N)
+    far.verify()
+    far.prefetch([2, 0])
+    assert [remote.name(url) for url, _, _ in remote.wanted] == [
+        tar(packed, n).name for n in (2, 0)
+    ]
+    assert [n for _, n, _ in remote.wanted] == [tar(packed, n).stat().st_size for n in (2, 0)]
+
+
+def test_remote_indexes_are_kept_on_disk_and_checked(remote: Remote, tmp_path: Path) -> None:
+    def fetched() -> int:
+        remote.fetched.clear()
+        assert ShardSet.open(URL, cache_dir=tmp_path / "cache").label_N.max() == 2
+        return len(remote.fetched)
+
+    assert (fetched(), fetched()) == (4, 1)
+    copies = sorted((tmp_path / "cache" / "indexes").iterdir())
+    assert len(copies) == 3
+    copies[0].write_bytes(b"damaged here")
+    assert (fetched(), fetched()) == (2, 1)
+    file = remote.folder / "train-000001.index.jsonl"
+    file.write_bytes(file.read_bytes()[:-1])
+    copies[0].unlink(), copies[1].unlink(), copies[2].unlink()
+    with pytest.raises(ShardError, match="does not have the sha256") as caught:
+        fetched()
+    assert "https://host/set/train-000001.index.jsonl" in str(caught.value)
+    assert "secret" not in str(caught.value) and "pw" not in str(caught.value)
