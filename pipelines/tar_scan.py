@@ -24,6 +24,7 @@ MOST_CLASSES = 1_000_000  # a label beyond is no class
 
 _HEAD = 32 * 1024  # bytes that mostly hold an image's header
 _MOST_JSON = 1 << 20
+_MOST_HEADER = 1 << 20  # names and attributes
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)  # WebDataset's rule
 
 
@@ -80,12 +81,15 @@ def members(stream: BinaryIO, problems: list[str]) -> Iterator[Member]:
     stream.seek(0)
     if length == 0:
         return
-    with tarfile.open(fileobj=stream, mode="r:", errorlevel=2) as tar:
+    with tarfile.open(fileobj=_Wary(stream), mode="r:") as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
         try:
             for info in tar:
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue] - else all stay
                 if (match := _KEY.fullmatch(info.name)) and info.isreg():
                     yield _member(stream, info, match[1], match[2], length)
+                # tarfile would seek back for ever at a negative size, and too far at a huge one.
+                if not info.offset_data <= tar.offset <= length + BLOCK:
+                    raise tarfile.ReadError(f"{info.name!r} has {info.size} bytes")
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             problems.append(f"the tar cannot be read beyond byte {tar.offset}: {error}")
             return
@@ -93,6 +97,19 @@ def members(stream: BinaryIO, problems: list[str]) -> Iterator[Member]:
         mark = stream.read(BLOCK)
     if mark.strip(b"\0") or (mark and len(mark) < BLOCK):
         problems.append(f"the tar is damaged or cut at byte {tar.offset} of {length}")
+
+
+class _Wary:
+    """A file for tarfile, which reads headers only, but of any size they state."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.seek, self.tell, self._stream = stream.seek, stream.tell, stream
+
+    def read(self, size: int) -> bytes:
+        """Read a header."""
+        if not 0 <= size <= _MOST_HEADER:
+            raise tarfile.ReadError(f"a header says that it has {size} bytes")
+        return self._stream.read(size)
 
 
 def _member(
