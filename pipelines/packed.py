@@ -87,6 +87,11 @@ class Manifest:
     digest: str
 
     @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 without labels."""
+        return len(self.class_names)
+
+    @property
     def samples_of_shards(self) -> Int64:
         """Samples in each shard, int64 (S,)."""
         return np.array([shard.num_samples for shard in self.shards], np.int64)
@@ -134,6 +139,23 @@ def parse_manifest(raw: bytes, place: str) -> Manifest:
     return Manifest(list(class_names), shards, fields, hashlib.sha256(raw).hexdigest())
 
 
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a folder.
+
+    Raises:
+        ShardError: If there is none, or see :func:`parse_manifest`.
+    """
+    try:
+        raw = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise ShardError(
+            f"{folder} is no shard set: {MANIFEST} cannot be read ({error.strerror}). It is "
+            "written last, so packing was never finished here, or the path is wrong; run "
+            "`python tools/make_shards.py SOURCE --out DIR`."
+        ) from error
+    return parse_manifest(raw, str(folder / MANIFEST))
+
+
 def check_index(raw: bytes, shard: ShardEntry, num_classes: int, place: str) -> Index:
     """Compare an index with its hash in the manifest, and parse it.
 
@@ -163,16 +185,8 @@ class LocalShards:
     """A packed set in a folder; see :class:`~pipelines.shards.Storage`."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            raw = (folder / MANIFEST).read_bytes()
-        except OSError as error:
-            raise ShardError(
-                f"{folder} is no shard set: {MANIFEST} cannot be read ({error.strerror}). It is "
-                "written last, so packing was never finished here, or the path is wrong; run "
-                "`python tools/make_shards.py SOURCE --out DIR`."
-            ) from error
         self.path: Path | str = folder
-        self.manifest = parse_manifest(raw, str(folder / MANIFEST))
+        self.manifest = read_manifest(folder)
         self.digest, self.class_names = self.manifest.digest, self.manifest.class_names
         self.samples_of_shards = self.manifest.samples_of_shards
         self._folder, self._shards = folder, self.manifest.shards
