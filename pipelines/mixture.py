@@ -257,6 +257,11 @@ class Mixture:
         one, own_id = self._find(sample_id)
         return one.read(own_id)
 
+    def place(self, sample_id: int) -> str:
+        """Name a sample for an error: its shard and key."""
+        one, own_id = self._find(sample_id)
+        return one.place(own_id)
+
     def source_of(self, sample_id: int) -> str:
         """Return where a sample came from."""
         one, own_id = self._find(sample_id)

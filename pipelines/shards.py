@@ -19,11 +19,36 @@ from pipelines.index import BLOCK, Index, Kept, Sample, header_problem
 from pipelines.order import WINDOW, BlockOrder, Int64
 from pipelines.packed import FORMAT, MANIFEST, VERSION, LocalShards, RemoteShards
 
-__all__ = ["FORMAT", "MANIFEST", "VERSION", "Sample", "ShardError", "ShardSet", "Storage"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "VERSION",
+    "DamagedSample",
+    "Sample",
+    "ShardError",
+    "ShardSet",
+    "Storage",
+]
 
 CACHE_BYTES = 64 * 2**30
 MOST_SAMPLES = 2**18  # of the indexes in memory; 250 bytes each
 MOST_FILES = 64  # tars open at the same time
+
+
+class DamagedSample(ShardError):
+    """A sample whose bytes were read and are no good image: what ``data.on_damage`` is about.
+
+    Args:
+        place: Shard and key.
+        reason: What is wrong, a predicate.
+    """
+
+    def __init__(self, place: str, reason: object) -> None:
+        self.reason = str(reason)
+        super().__init__(
+            f"{place} {reason}. It was whole when it was packed: check the shard against its "
+            "sha256, restore it or pack again."
+        )
 
 
 class Storage(Protocol):
@@ -184,16 +209,16 @@ class ShardSet:
         try:
             data = self._files[number].read(offset - BLOCK, BLOCK + num_bytes)
         except OSError as error:
-            raise ShardError(f"{self._place(sample_id)} cannot be read: {error}.") from error
+            raise ShardError(f"{self.place(sample_id)} cannot be read: {error}.") from error
         if len(data) != BLOCK + num_bytes:
             raise ShardError(
-                f"{self._place(sample_id)}: {max(0, len(data) - BLOCK)} of {num_bytes} bytes are "
+                f"{self.place(sample_id)}: {max(0, len(data) - BLOCK)} of {num_bytes} bytes are "
                 "there. The shard was cut after it was opened; restore it or pack again."
             )
         name = f"{index.keys[row]}.{index.extensions[row]}"
         if problem := header_problem(data[:BLOCK], name, num_bytes):
             raise ShardError(
-                f"{self._place(sample_id)}: {problem}. The tar is not as it was packed: restore it "
+                f"{self.place(sample_id)}: {problem}. The tar is not as it was packed: restore it "
                 "or pack again."
             )
         return data[BLOCK:]
@@ -202,21 +227,18 @@ class ShardSet:
         """Return the decoded image, uint8 (H, W, 3) RGB.
 
         Raises:
-            ShardError: If it cannot be read or decoded, or has another size than the index says.
+            DamagedSample: If it does not decode, or has another size than the index says.
+            ShardError: If it cannot be read.
         """
         number, row = self._find(sample_id)
         try:
             pixels = decode(self.read(sample_id))
         except DamagedImage as error:
-            raise ShardError(
-                f"{self._place(sample_id)} {error}. It was whole when it was packed: check the "
-                "shard against its sha256, restore it or pack again."
-            ) from error
+            raise DamagedSample(self.place(sample_id), error) from error
         expected = tuple(self._indexes[number].size_N2[row].tolist())
         if pixels.shape[:2] != expected:
-            raise ShardError(
-                f"{self._place(sample_id)} is {pixels.shape[:2]} pixels, its index says "
-                f"{expected}: the index belongs to another shard; pack again."
+            raise DamagedSample(
+                self.place(sample_id), f"is {pixels.shape[:2]} pixels, its index says {expected}"
             )
         return pixels
 
@@ -258,7 +280,7 @@ class ShardSet:
     def _all_indexes(self) -> Iterator[Index]:
         return (self._indexes[number] for number in range(self.num_shards))
 
-    def _place(self, sample_id: int) -> str:
+    def place(self, sample_id: int) -> str:
         """Name shard, key and source of a sample for an error."""
         number, row = self._find(sample_id)
         index = self._indexes[number]

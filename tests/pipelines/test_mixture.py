@@ -161,6 +161,7 @@ def test_a_mixture_of_real_sets_reads_their_samples(shard_set: ShardSet) -> None
     for i in ids.tolist():
         assert mixed.read(i) == shard_set.read(i % 21)
         assert np.array_equal(mixed[i], shard_set[i % 21])
+        assert mixed.place(i) == shard_set.place(i % 21)
         assert mixed.source_of(i) == shard_set.source_of(i % 21)
     for wrong in (42, -1):
         with pytest.raises(IndexError):
