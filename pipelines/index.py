@@ -191,12 +191,15 @@ class Kept(Generic[T]):
         self._total = 0
 
     def __getitem__(self, key: int) -> T:
-        mine: Future[T] = Future()
         with self._lock:
-            future = self._values.setdefault(key, mine)
-            self._values.move_to_end(key)
-        if future is not mine:
-            return future.result()
+            if future := self._values.get(key):
+                self._values.move_to_end(key)
+            else:
+                self._values[key] = Future()
+        return future.result() if future else self._fill(key, self._values[key])
+
+    def _fill(self, key: int, mine: Future[T]) -> T:
+        """Make a value that others may be waiting for; forget the ones not used for longest."""
         try:
             value = self._make(key)
         except BaseException as error:

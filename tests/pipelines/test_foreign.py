@@ -377,7 +377,7 @@ def caches(folder: Path) -> list[Path]:
 
 
 def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    import pipelines.foreign as module
+    import pipelines.foreign_index as module
 
     names: list[str] = []
     really = module.scan
@@ -463,7 +463,7 @@ def test_a_read_only_folder_as_a_user(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_read_only_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pipelines.foreign as module
+    import pipelines.foreign_index as module
 
     really = module.write_shared
 
@@ -503,3 +503,18 @@ def test_a_neighbour_of_the_same_key_is_one_sample(tmp_path: Path, images: list[
     members = [("a.jpg", images[0]), ("a.png", images[1]), ("b.png", images[1])]
     found = ShardSet.open(write(tmp_path / "x.tar", [*members, ("a.jpg", images[3])]))
     assert [found.read(i) for i in range(3)] == [images[0], images[1], images[3]]
+
+
+def test_many_tars_are_indexed_in_processes(
+    folder: Path, images: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.foreign_index._LITTLE", 0)
+    monkeypatch.chdir(folder)
+    names = scanned(monkeypatch)  # in this process
+    found = ShardSet.open(".")
+    assert names == [] and len(caches(folder)) == 2
+    assert [found.read(i) for i in range(8)] == images[:8]
+    (folder / "00002.tar").write_bytes(b"no tar" * 99)
+    with pytest.raises(ShardError, match=r"00002\.tar is no plain tar"):
+        ShardSet.open(folder)
+    assert names == ["00002.tar"]  # told here
