@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import tarfile
@@ -11,12 +10,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fastclr.config import ConfigError
 from fastclr.files import sha256_of, write_durably, write_json
 from pipelines.decode import DamagedImage, check_image
+from pipelines.index import dali_index, packed_members
 from pipelines.order import permutation
 from pipelines.shards import FORMAT, MANIFEST, VERSION, Sample, ShardSet
 
@@ -177,6 +177,8 @@ def write_shards(
             "class_names": class_names,
             "seed": seed,
             "source": source.name,
+            "num_rejected": 0,
+            "num_duplicates": 0,
             "shards": shards,
         }
         write_json(folder / MANIFEST, manifest)
@@ -246,16 +248,20 @@ class _Shard:
                     Sample(key, extension, offset, len(data), height, width, label, image.name)
                 )
         index = self.folder / f"{self.name}.index.jsonl"
-        write_durably(index, "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
+        write_durably(index, "".join(sample.line() for sample in samples))
+        dali = self.folder / f"{self.name}.idx"
+        write_durably(dali, dali_index(packed_members(sample) for sample in samples))
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
         return {
             "file": file.name,
             "index": index.name,
+            "dali_index": dali.name,
             "num_samples": len(samples),
             "num_bytes": file.stat().st_size,
             "sha256": sha256_of(file),
             "index_sha256": sha256_of(index),
+            "dali_index_sha256": sha256_of(dali),
         }
 
 

@@ -93,7 +93,7 @@ def test_index_and_manifest_tell_the_truth(shard_set: ShardSet) -> None:
         assert hashlib.sha256(index.read_bytes()).hexdigest() == shard["index_sha256"]
     raw = (shard_set.path / "manifest.json").read_bytes()
     assert shard_set.digest == hashlib.sha256(raw).hexdigest()
-    kept = {s["file"] for s in manifest["shards"]} | {s["index"] for s in manifest["shards"]}
+    kept = {s[name] for s in manifest["shards"] for name in ("file", "index", "dali_index")}
     assert {p.name for p in shard_set.path.iterdir()} == kept | {"manifest.json"}
 
 
