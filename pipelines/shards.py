@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fastclr.files import sha256_of
 from pipelines.decode import MAX_PIXELS, DamagedImage, Pixels, decode
+from pipelines.errors import ShardError as ShardError
 from pipelines.order import BlockOrder, Int64
 
 FORMAT = "fastclr-shards"
@@ -28,10 +29,6 @@ _SHARD_FIELDS = {
     "sha256": str,
     "index_sha256": str,
 }
-
-
-class ShardError(RuntimeError):
-    """Shards that are missing, damaged or not what the manifest says; names shard and key."""
 
 
 @dataclass(frozen=True)
