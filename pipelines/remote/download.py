@@ -56,7 +56,7 @@ def download(
     read = web.read if protocol_of(url) in ("http", "https") else objects.read
     deadline = deadline or Deadline(patience.deadline_seconds)
     transfer = Transfer(sink, num_bytes, sha256)
-    tries, failures, num_wrong = 0, 0, 0
+    tries, failures, num_wrong, why = 0, 0, 0, ""
     while True:
         tries += 1
         before = transfer.received
@@ -69,6 +69,8 @@ def download(
             raise StorageError(_given_up(url, f"{error}", tries, deadline)) from None
         except Again as error:
             last = error
+        # A try that the deadline cut short says less than the one before it.
+        why = f"{last}; before that, {why}" if why and deadline.left <= 0 else f"{last}"
         if isinstance(last, (Changed, Wrong)):
             transfer.restart()
         num_wrong += isinstance(last, Wrong)
@@ -81,7 +83,7 @@ def download(
         failures = 1 if transfer.received > before else failures + 1
         seconds = pause(url, failures, patience, last.retry_after)
         if seconds >= deadline.left:
-            raise StorageError(_given_up(url, f"{last}", tries, deadline, patience))
+            raise StorageError(_given_up(url, why, tries, deadline, patience))
         logger.warning("%s: %s; try %d in %.1f s", redacted(url), last, tries + 1, seconds)
         deadline.sleep(seconds)
 

@@ -40,13 +40,13 @@ def read(url: str, transfer: Transfer, deadline: Deadline, patience: Patience) -
         ConfigError: If the package for the protocol is missing.
     """
     protocol = protocol_of(url)
-    fs = _file_system(protocol, patience, os.getpid())
-    path = fs._strip_protocol(url)
 
     def call(name: str, **options: Any) -> Any:
         return _call(fs, name, path, deadline.limit(patience.read_seconds), options)
 
     try:
+        fs = _file_system(protocol, patience, os.getpid(), _environment())
+        path = fs._strip_protocol(url)
         total, version = _facts(call("info"))
         if transfer.received and version != transfer.version:
             raise Changed(f"it changed while it was read: {transfer.version}, now {version}")
@@ -70,8 +70,10 @@ def read(url: str, transfer: Transfer, deadline: Deadline, patience: Patience) -
 
 
 @functools.lru_cache(maxsize=8)
-def _file_system(protocol: str, patience: Patience, pid: int) -> Any:
-    """Return the file system of a protocol, made in this process: none survives a fork.
+def _file_system(protocol: str, patience: Patience, pid: int, environment: int) -> Any:
+    """Return the file system of a protocol, made in this process and for this environment.
+
+    None survives a fork.
 
     Credentials are found by the cloud's own library: environment, profile, the machine's role.
     """
@@ -96,6 +98,12 @@ def _file_system(protocol: str, patience: Patience, pid: int) -> Any:
     if protocol == "s3":
         fs.retries = 1
     return fs
+
+
+def _environment() -> int:
+    """Return a number that changes when addresses or credentials in the environment do."""
+    prefixes = ("AWS_", "GOOGLE_", "AZURE_", "FSSPEC_", "STORAGE_")
+    return hash(frozenset(item for item in os.environ.items() if item[0].startswith(prefixes)))
 
 
 def _call(fs: Any, name: str, path: str, seconds: float, options: dict[str, Any]) -> Any:

@@ -1,9 +1,9 @@
 """One try to read an object over http(s), from the byte that is wanted on.
 
 Not fsspec's http file system: on a loopback server it returned the short half of a body cut without
-a Content-Length as if it were whole, waited 300 s for a server that hangs, and followed a redirect
-to another host before anyone could look at its address. The standard library's reader has none of
-that once every read has a time-out and redirects are taken by hand.
+a Content-Length as if it were whole, would wait 300 s for a server that hangs, and had followed a
+redirect to another host before anyone could look at its address. The standard library's reader has
+none of that once every read has a time-out and redirects are taken by hand.
 """
 
 from __future__ import annotations
