@@ -138,7 +138,7 @@ class ShardCache:
         if num_bytes is not None and num_bytes > self.max_bytes:
             raise self._too_small(url, num_bytes)
         copy = _Copy(self.folder, shard)
-        deadline = Deadline(self._patience.deadline_seconds, stop)
+        deadline = self._patience.deadline(num_bytes, stop)
         while (descriptor := copy.open()) is None:
             with copy.claimed() as claim:
                 if claim is None:

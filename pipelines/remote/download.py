@@ -54,7 +54,7 @@ def download(
         ConfigError: If the URL is none that may be read.
     """
     read = web.read if protocol_of(url) in ("http", "https") else objects.read
-    deadline = deadline or Deadline(patience.deadline_seconds)
+    deadline = deadline or patience.deadline(num_bytes)
     transfer = Transfer(sink, num_bytes, sha256)
     tries, failures, num_wrong, why = 0, 0, 0, ""
     while True:
@@ -83,18 +83,15 @@ def download(
         failures = 1 if transfer.received > before else failures + 1
         seconds = pause(url, failures, patience, last.retry_after)
         if seconds >= deadline.left:
-            raise StorageError(_given_up(url, why, tries, deadline, patience))
+            raise StorageError(_given_up(url, why, tries, deadline))
         logger.warning("%s: %s; try %d in %.1f s", redacted(url), last, tries + 1, seconds)
         deadline.sleep(seconds)
 
 
-def _given_up(
-    url: str, why: str, tries: int, deadline: Deadline, patience: Patience | None = None
-) -> str:
+def _given_up(url: str, why: str, tries: int, deadline: Deadline) -> str:
     """Say that an object was not read."""
-    limit = f" of {patience.deadline_seconds:g} s" if patience else ""
     return (
         f"{redacted(url)} cannot be read: {why} ({tries} tries in {deadline.elapsed:.1f} "
-        f"s{limit}). Training needs all of its data: check the address, the network and the "
-        "credentials, and start again; it goes on where it stopped."
+        f"of {deadline.seconds:.0f} s). Training needs all of its data: check the address, the "
+        "network and the credentials, and start again; it goes on where it stopped."
     )

@@ -21,7 +21,9 @@ class Patience:
     Attributes:
         connect_seconds: Longest time for a connection, each address.
         read_seconds: Longest time without a byte (http), or for a block of 8 MiB (others).
-        deadline_seconds: Longest time for an object, all tries together.
+        deadline_seconds: Longest time for an object, all tries together, besides the next.
+        slowest_bytes_per_second: An object of known length may take what it takes at this rate on
+            top, so that a large one on a slow line is not cut off while it comes.
         first_wait_seconds: Pause after the first failure; doubles with each further one.
         longest_wait_seconds: Where doubling ends.
     """
@@ -31,6 +33,12 @@ class Patience:
     deadline_seconds: float = 300.0
     first_wait_seconds: float = 0.5
     longest_wait_seconds: float = 20.0
+    slowest_bytes_per_second: float = 1e6
+
+    def deadline(self, num_bytes: int | None, stop: threading.Event | None = None) -> Deadline:
+        """Return the end of the time for an object, from now; an event may end it earlier."""
+        longer = (num_bytes or 0) / self.slowest_bytes_per_second
+        return Deadline(self.deadline_seconds + longer, stop)
 
 
 class StorageError(OSError):
@@ -70,6 +78,7 @@ class Deadline:
     """
 
     def __init__(self, seconds: float, stop: threading.Event | None = None) -> None:
+        self.seconds = seconds
         self._started = time.monotonic()
         self._ends = self._started + seconds
         self._stop = stop or threading.Event()

@@ -27,8 +27,11 @@ def redacted(url: str) -> str:
     scheme, slashes, rest = bare.partition("://")
     authority, slash, path = rest.partition("/")
     _, at, host = authority.rpartition("@")
-    if not at and "@" in url and ":" in (host if slashes else url):
-        return f"{scheme}://***" if slashes else "***"  # a password with / or ? in it
+    later = url[len(scheme + slashes + authority) :]
+    if "@" in later and (at or ":" in authority):
+        return f"{scheme}://***"  # a password with @ and / or ? in it
+    if not slashes and "@" in url and ":" in url:
+        return "***"
     if at:
         bare = f"{scheme}://***@{host}{slash}{path}"
     text = bare + (f"{mark}***" if mark else "")

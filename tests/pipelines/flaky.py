@@ -7,9 +7,12 @@ plan or a hash of path and number, so that runs repeat.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import http.client
+import ipaddress
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -18,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,7 +62,9 @@ class Flaky:
         etags: Whether objects have ETags.
     """
 
-    def __init__(self, upstream: tuple[str, int] | None = None) -> None:
+    def __init__(
+        self, upstream: tuple[str, int] | None = None, certificate: Path | None = None
+    ) -> None:
         self.objects: dict[str, bytes] = {}
         self.plans: dict[str, list[str | None]] = {}
         self.always: dict[str, str] = {}
@@ -72,11 +78,17 @@ class Flaky:
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
+        self._scheme = "http"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            self._scheme = "https"
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"{self._scheme}://127.0.0.1:{self.port}{path}"
 
     def put(self, path: str, body: bytes = b"") -> None:
         """Put an object into the storage behind a proxy."""
@@ -139,13 +151,38 @@ class Flaky:
 
 
 @contextlib.contextmanager
-def flaky(upstream: tuple[str, int] | None = None) -> Iterator[Flaky]:
+def flaky(
+    upstream: tuple[str, int] | None = None, certificate: Path | None = None
+) -> Iterator[Flaky]:
     """Run a server for a test."""
-    server = Flaky(upstream)
+    server = Flaky(upstream, certificate)
     try:
         yield server
     finally:
         server.close()
+
+
+def self_signed(file: Path) -> Path:
+    """Write a key and a certificate for 127.0.0.1."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - datetime.timedelta(days=1))
+    builder = builder.not_valid_after(now + datetime.timedelta(days=1))
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    builder = builder.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+    certificate = builder.sign(key, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    file.write_bytes(private + certificate.public_bytes(pem))
+    return file
 
 
 @contextlib.contextmanager

@@ -341,6 +341,17 @@ def test_reading_ahead_and_closing(server, tmp_path):
     assert is_right(shards[4], cache.open(*shards[4]))
 
 
+def test_a_hint_is_taken_once(server, tmp_path):
+    shards = [put(server, k) for k in range(4)]
+    server.always["/s0.tar"] = "hang"
+    cache = ShardCache(tmp_path / "c", 10 * SIZE, patience=QUICK, num_threads=1)
+    for _ in range(5):
+        cache.prefetch(shards)
+    until(lambda: bool(server.requests))
+    assert cache._queue.qsize() == 3
+    cache.close()
+
+
 def test_what_failed_ahead_is_told_and_met_again(server, tmp_path, caplog):
     shard = put(server, 0)
     server.always["/s0.tar"] = "403"

@@ -17,15 +17,15 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastclr.config import ConfigError
 from pipelines.errors import ShardError
-from pipelines.remote import Patience, StorageError, fetch, redacted, web
+from pipelines.remote import Patience, StorageError, fetch, objects, redacted, web
 from pipelines.remote.retries import Again, Final, pause, refusal
 from pipelines.remote.urls import is_internal, protocol_of, redacted_text, redirect_refused
-from tests.pipelines.flaky import Flaky, flaky, flaky_s3
+from tests.pipelines.flaky import Flaky, flaky, flaky_s3, self_signed
 
 QUICK = Patience(1.0, 0.25, 8.0, 0.01, 0.05)
 SHORT = Patience(0.5, 0.25, 0.8, 0.01, 0.1)
@@ -77,7 +77,10 @@ def test_what_is_no_secret_stays():
 
 
 @given(st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
+@example("@/")
+@example("@x?")
+@example("?")
 def test_no_form_of_password_is_printed(other):
     for url in (f"https://me:{other}{CANARY}@host/a", f"https://me:{CANARY}{other}@host/a"):
         assert CANARY not in redacted(url)
@@ -294,6 +297,15 @@ def test_a_dead_source_is_an_error_within_the_deadline(server, monkeypatch):
     assert took[server.url("/503-in-100-s")] < 0.5
 
 
+@pytest.mark.parametrize("fault", ["hang", "stall"])
+def test_the_deadline_ends_a_read_whose_own_time_out_is_longer(server, fault):
+    server.always["/a.bin"] = fault
+    started = time.monotonic()
+    with pytest.raises(StorageError, match="time was up"):
+        fetch(server.url("/a.bin"), patience=Patience(60.0, 60.0, 0.5))
+    assert time.monotonic() - started < 2
+
+
 def test_wrong_content_that_stays_names_expected_and_found(server):
     server.always["/a.bin"] = "wrong bytes"
     with pytest.raises(ShardError, match=f"a.bin: it has sha256 [0-9a-f]{{64}}, {HASH} is exp"):
@@ -337,6 +349,47 @@ def test_pauses_grow_and_differ_between_processes(monkeypatch):
     assert len(of_ranks) == 64
     assert min(of_ranks) >= 5
     assert max(of_ranks) - min(of_ranks) > 1
+
+
+def test_a_large_object_has_more_time(server):
+    patience = Patience(deadline_seconds=0.2, slowest_bytes_per_second=1e6)
+    assert patience.deadline(None).seconds == pytest.approx(0.2)
+    assert patience.deadline(3_000_000).seconds == pytest.approx(3.2)
+
+
+# https
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory) -> Path:
+    return self_signed(tmp_path_factory.mktemp("tls") / "cert.pem")
+
+
+def test_https_is_read_and_its_certificate_checked(certificate, monkeypatch):
+    with flaky(certificate=certificate) as server:
+        server.objects["/a.bin"] = DATA
+        server.plans["/a.bin"] = ["cut"]
+        with pytest.raises(StorageError, match=r"certificate is not trusted: self.signed.*1 tries"):
+            fetch(server.url("/a.bin"), patience=QUICK)
+        assert not server.requests
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert fetch(server.url("/a.bin"), patience=QUICK) == DATA
+        assert server.requests[0].headers["Host"] == f"127.0.0.1:{server.port}"
+        server.always["/a.bin"] = "stall"
+        with pytest.raises(StorageError, match="no byte came"):
+            fetch(server.url("/a.bin"), patience=SHORT)
+
+
+def test_https_does_not_lead_to_http(server, certificate, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with flaky(certificate=certificate) as safe:
+        safe.redirects["/r"] = server.url("/a.bin")
+        with pytest.raises(StorageError, match=r"changes https to http.*1 tries"):
+            fetch(safe.url("/r"), patience=QUICK)
+        assert not server.requests
+        safe.objects["/b.bin"] = b"safe"
+        server.redirects["/up"] = safe.url("/b.bin")
+        assert fetch(server.url("/up"), patience=QUICK) == b"safe"
 
 
 # Redirects, over the wire
@@ -441,6 +494,26 @@ def test_files_and_memory(tmp_path):
         fetch(str(tmp_path))
 
 
+@pytest.mark.parametrize("known", [{}, {"num_bytes": len(DATA), "sha256": HASH}])
+def test_a_file_that_changes_between_two_blocks_is_read_anew(tmp_path, monkeypatch, known):
+    monkeypatch.setattr(objects, "BLOCK", 50_000)
+    file, newer = tmp_path / "a.bin", tmp_path / "b.bin"
+    file.write_bytes(DATA[::-1])
+    newer.write_bytes(DATA)
+    calls = []
+    call = objects._call
+
+    def replacing(fs, name, path, seconds, options):
+        calls.append(name)
+        if len(calls) == 3:
+            newer.replace(file)
+        return call(fs, name, path, seconds, options)
+
+    monkeypatch.setattr(objects, "_call", replacing)
+    assert fetch(str(file), **known, patience=QUICK) == DATA
+    assert len(calls) > 6
+
+
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Flaky]:
     with flaky_s3("bucket", CANARY) as proxy:
@@ -472,6 +545,16 @@ def test_s3_that_stays_dead_or_refuses(s3):
     s3.draw = lambda path, number: "403"
     with pytest.raises(StorageError, match=r"PermissionError|status 403.*1 tries"):
         fetch("s3://bucket/a.bin", patience=patience)
+
+
+def test_s3_libraries_do_not_retry_behind_our_back(s3):
+    one_try = Patience(1.0, 1.0, 3.0, 30.0, 30.0)
+    for fault in ("500", "503", "hang"):  # aiohttp repeats a GET once after a reset
+        s3.requests.clear()
+        s3.draw = lambda path, number, fault=fault: fault
+        with pytest.raises(StorageError, match="1 tries"):
+            fetch("s3://bucket/a.bin", patience=one_try)
+        assert len(s3.requests) == 1
 
 
 def test_s3_after_a_fork(s3):
