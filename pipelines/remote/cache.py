@@ -291,7 +291,8 @@ class _Room:
             os.fsync(self._descriptor)
             # Opened before it can be removed again.
             descriptor = os.open(self._copy.partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            self._copy.partial.replace(self._copy.whole)
+            with self._cache.locked():  # else who adds up the folder might see neither name
+                self._copy.partial.replace(self._copy.whole)
         return descriptor
 
     def _reserve(self, num_bytes: int) -> None:
