@@ -65,7 +65,7 @@ def _walk(root: bytes, source: str, options: SourceOptions) -> Iterator[tuple[by
             if stat.S_ISLNK(mode):
                 mode = _check_link(path, real_root, source, options)
             if name.endswith(b"/"):
-                real = os.path.realpath(path)
+                real = os.path.realpath(path) if options.allow_outside else b""
                 _refuse_circle(path, real, [above for _, above, _ in stack], source)
                 stack.append((prefix + name, real, iter(_sorted_names(path))))
                 break
@@ -113,7 +113,7 @@ def _check_link(path: bytes, root: bytes, source: str, options: SourceOptions) -
 
 def _refuse_circle(path: bytes, real: bytes, above: list[bytes], source: str) -> None:
     """Refuse a link to a folder above itself."""
-    if real in above:
+    if real and real in above:
         raise ConfigError(
             f"source {source} has a link {os.fsdecode(path)!r} to a folder above it: it has no "
             "end. Remove it."

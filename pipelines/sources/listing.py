@@ -312,7 +312,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
         return
     first, dots, last = match[1].partition("..")
     if dots and first.isdigit() and last.isdigit():
-        width = max(len(first), len(last)) if first[0] == "0" or last[0] == "0" else 0
+        padded = any(re.match("0[0-9]", number) for number in (first, last))
+        width = max(len(first), len(last)) if padded else 0
         start, stop = int(first), int(last)
         step = 1 if stop >= start else -1
         choices: Any = (f"{number:0{width}d}" for number in range(start, stop + step, step))

@@ -131,20 +131,28 @@ def _directory(stream: BinaryIO) -> tuple[int, int, int, int]:
     end = tail_at + found
     if disk not in (0, 0xFFFF):
         raise _Damaged("it is one part of several")
-    if 0xFFFF in (count,) or 0xFFFFFFFF in (num_bytes, start):
-        stream.seek(max(0, end - _LOCATOR64.size))
-        signature, _, end64, _ = _LOCATOR64.unpack(_exactly(stream, _LOCATOR64.size, end))
-        if signature == b"PK\6\7":
-            stream.seek(min(end64, length))
-            fields = _END64.unpack(_exactly(stream, _END64.size, end64))
-            if fields[0] != b"PK\6\6":
-                raise _Damaged("its 64-bit directory is not where it says")
-            count, num_bytes, start = fields[7], fields[8], fields[9]
-            end = end64
+    if wide := _wide_directory(stream, end):
+        count, num_bytes, start, end = wide
     base = end - num_bytes - start  # bytes before the zip, as in self-extracting ones
     if base < 0:
         raise _Damaged("its directory does not fit in it")
     return count, start + base, num_bytes, base
+
+
+def _wide_directory(stream: BinaryIO, end: int) -> tuple[int, int, int, int] | None:
+    """Read the 64-bit directory's entries, length, first byte and place; None without one."""
+    if end < _END64.size + _LOCATOR64.size:
+        return None
+    stream.seek(end - _LOCATOR64.size)
+    signature, _, said, _ = _LOCATOR64.unpack(_exactly(stream, _LOCATOR64.size, end))
+    if signature != b"PK\6\7":
+        return None
+    for at in (end - _LOCATOR64.size - _END64.size, said):  # said is wrong if something precedes
+        stream.seek(min(at, end))
+        fields = _END64.unpack(_exactly(stream, _END64.size, at))
+        if fields[0] == b"PK\6\6":
+            return fields[7], fields[8], fields[9], at
+    raise _Damaged("its 64-bit directory is not where it says")
 
 
 def _wide(extra: bytes, size: int, packed: int, header_at: int) -> tuple[int, int, int]:
