@@ -545,21 +545,20 @@ def test_memory_does_not_grow_with_the_entries(tmp_path: Path, spool: Path, kind
     assert kilobytes < 8_000, "30,000 images in memory take 12 MB and more"
 
 
-def test_the_limit_of_open_files_is_not_reached_by_deep_folders(
-    tmp_path: Path, spool: Path
-) -> None:
+def test_deep_folders_take_neither_open_files_nor_recursion(tmp_path: Path, spool: Path) -> None:
+    deep = tmp_path.joinpath("x", *["d"] * 200)
+    deep.mkdir(parents=True)
+    (deep / "1.png").touch()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    deep = f"{tmp_path}/x"
-    for _ in range(1200):
-        os.mkdir(deep)  # noqa: PTH102 - Path is slow at such names
-        deep += "/d"
-    with open(f"{deep}.png", "wb"):  # noqa: PTH123
-        pass
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    recursion = sys.getrecursionlimit()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    sys.setrecursionlimit(180)
     try:
-        assert [i.class_name for i in listed(tmp_path / "x", spool)] == ["d"]
+        images = listed(tmp_path / "x", spool)
     finally:
+        sys.setrecursionlimit(recursion)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [image.class_name for image in images] == ["d"]
 
 
 # Small things.
