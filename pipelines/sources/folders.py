@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,9 +30,10 @@ def list_folder(folder: Path, source: str, options: SourceOptions) -> Listing:
     root = os.fsencode(folder.absolute())
     if options.labels:
         _refuse_splits(source, _class_folders(root))
+    above = f"{os.fsdecode(root)}/"
     images = (
-        SourceImage(os.fsdecode(name), class_of(os.fsdecode(name), options), os.fsdecode(path))
-        for name, path in _walk(root, source, options)
+        SourceImage(name, class_of(name, options), above + name)
+        for name in map(os.fsdecode, _walk(root, source, options))
     )
     return Listing(check_classes(source, images, lambda: _class_folders(root), options))
 
@@ -53,36 +53,43 @@ def _refuse_splits(source: str, folders: set[str]) -> None:
         )
 
 
-def _walk(root: bytes, source: str, options: SourceOptions) -> Iterator[tuple[bytes, bytes]]:
-    """Yield name and path of each file, depth first; one folder's names in memory a level."""
+def _walk(root: bytes, source: str, options: SourceOptions) -> Iterator[bytes]:
+    """Yield the name of each file, depth first; one folder's names in memory a level."""
     real_root = os.path.realpath(root)
-    stack = [(b"", real_root, iter(_sorted_names(root)))]
+    stack = [(b"", real_root, *_sorted_names(root))]
     while stack:
-        prefix, _, names = stack[-1]
+        prefix, _, names, odd = stack[-1]
         for name in names:
-            path = os.path.join(root, prefix, name.rstrip(b"/"))  # noqa: PTH118
-            mode = os.lstat(path).st_mode
-            if stat.S_ISLNK(mode):
-                mode = _check_link(path, real_root, source, options)
+            if name in odd:
+                _check_odd(root + b"/" + prefix + name, real_root, source, options)
             if name.endswith(b"/"):
+                path = root + b"/" + prefix + name
                 real = os.path.realpath(path) if options.allow_outside else b""
-                _refuse_circle(path, real, [above for _, above, _ in stack], source)
-                stack.append((prefix + name, real, iter(_sorted_names(path))))
+                _refuse_circle(path, real, [above for _, above, _, _ in stack], source)
+                stack.append((prefix + name, real, *_sorted_names(path)))
                 break
-            if not stat.S_ISREG(mode):
-                raise ConfigError(
-                    f"source {source} has {os.fsdecode(prefix + name)!r}, which is neither a file "
-                    "nor a folder: every file has to be an image. Remove it."
-                )
-            yield prefix + name, path
+            yield prefix + name
         else:
             stack.pop()
 
 
-def _sorted_names(folder: bytes) -> list[bytes]:
-    """List a folder, folders with a slash: so their files come in the order of whole paths."""
+def _sorted_names(folder: bytes) -> tuple[Iterator[bytes], set[bytes]]:
+    """List a folder in order, and which of its names are neither plain files nor folders.
+
+    Folders get a slash: so their files come in the order of whole paths.
+    """
+    names, odd = [], set()
     with os.scandir(folder) as entries:
-        return sorted(e.name + b"/" * _is_folder(e) for e in entries if e.name[:1] != b".")
+        for entry in entries:
+            if entry.name[:1] == b".":
+                continue
+            name = entry.name
+            if not entry.is_file(follow_symlinks=False):
+                name += b"/" * _is_folder(entry)
+                if not entry.is_dir(follow_symlinks=False):
+                    odd.add(name)
+            names.append(name)
+    return iter(sorted(names)), odd
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
@@ -93,22 +100,25 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
         return False
 
 
-def _check_link(path: bytes, root: bytes, source: str, options: SourceOptions) -> int:
-    """Refuse a link out of the folder, or to one of its folders; return what it leads to."""
+def _check_odd(path: bytes, root: bytes, source: str, options: SourceOptions) -> None:
+    """Refuse a link out of the folder or to one of its folders, and what is no file at all."""
+    path = path.rstrip(b"/")
     real = os.path.realpath(path)
-    inside = real.startswith(os.path.join(root, b""))  # noqa: PTH118
     is_folder = os.path.isdir(real)  # noqa: PTH112
-    if not options.allow_outside and (is_folder or not inside):
+    outside = is_folder or not real.startswith(root.rstrip(b"/") + b"/")
+    if os.path.islink(path) and outside and not options.allow_outside:  # noqa: PTH114
         where = "to a folder" if is_folder else "out of the folder"
         raise ConfigError(
             f"source {source} has a link {os.fsdecode(path)!r} that leads {where}: what it would "
             "pack is not in the source. Replace it by the file, or allow links and paths that "
             "lead outside (--options.allow-outside)."
         )
-    try:
-        return os.stat(real).st_mode  # noqa: PTH116
-    except OSError:
-        return stat.S_IFREG  # it leads nowhere: reading it says so, and it is counted as rejected
+    # What leads nowhere passes: reading it says so, and it is counted as rejected.
+    if os.path.lexists(real) and not (is_folder or os.path.isfile(real) or os.path.islink(real)):  # noqa: PTH113, PTH114
+        raise ConfigError(
+            f"source {source} has {os.fsdecode(path)!r}, which is neither a file nor a folder: "
+            "every file has to be an image. Remove it."
+        )
 
 
 def _refuse_circle(path: bytes, real: bytes, above: list[bytes], source: str) -> None:

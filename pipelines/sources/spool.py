@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -107,7 +107,7 @@ def spooled_images(
     def write_both(stream: BinaryIO) -> None:
         def write_list(lines: BinaryIO) -> None:
             for image in unpack(stream):
-                lines.write(f"{json.dumps(asdict(image))}\n".encode())
+                lines.write(f"{json.dumps(vars(image))}\n".encode())
 
         _write_whole(listing, write_list)
 
@@ -180,7 +180,7 @@ def sorted_by_name(images: Iterable[SourceImage], spool: Path) -> Iterator[Sourc
                 runs = [run]
                 break
             stream = open_files.enter_context(tempfile.TemporaryFile("w+", dir=spool))
-            stream.writelines(json.dumps(list(asdict(image).values())) + "\n" for image in run)
+            stream.writelines(json.dumps(list(vars(image).values())) + "\n" for image in run)
             stream.seek(0)
             runs.append(SourceImage(*json.loads(line)) for line in stream)
         yield from heapq.merge(*runs, key=_name_key)
