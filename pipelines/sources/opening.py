@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
@@ -42,7 +44,8 @@ def check_url(url: str) -> None:
         ConfigError: For ``pipe:``, chains (``zip::s3://``) and unknown schemes.
     """
     scheme = scheme_of(url)
-    if "::" in url.partition("?")[0] or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+    plain = re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) and "://" in url
+    if not plain or "::" in url.partition("?")[0]:
         raise ConfigError(f"source {shown(url)} is no plain URL: give SCHEME://PATH, not a chain.")
     if scheme not in fsspec.available_protocols():
         raise ConfigError(
@@ -143,12 +146,22 @@ def identity_of(url: str) -> str | None:
     with _as_os_error(url):
         file_system, path = _file_system(url)
         about = file_system.info(path)
-    marks = [
-        about.get(k) for k in ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "created")
-    ]
-    if about.get("size") is None or not any(marks):
+    etag = about.get("ETag") or about.get("etag")
+    changed = about.get("LastModified") or about.get("mtime") or about.get("created")
+    if not etag and not changed and (text := about.get("Last-Modified")):
+        changed = _settled(text)
+    if about.get("size") is None or not (etag or changed):
         return None
-    return f"{url} {about['size']} {[str(mark) for mark in marks]}"
+    return f"{url} {about['size']} {etag or changed}"
+
+
+def _settled(last_modified: str) -> str | None:
+    """Return an http date if it is a minute old: within its second a file can change again."""
+    try:
+        age = time.time() - parsedate_to_datetime(last_modified).timestamp()
+    except (ValueError, TypeError):
+        return None
+    return last_modified if age > 60 else None
 
 
 def list_url(url: str) -> Iterator[tuple[str, str, int]]:
