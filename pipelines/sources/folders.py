@@ -111,7 +111,7 @@ def _check_odd(path: bytes, root: bytes, source: str, options: SourceOptions) ->
         raise ConfigError(
             f"source {source} has a link {os.fsdecode(path)!r} that leads {where}: what it would "
             "pack is not in the source. Replace it by the file, or allow links and paths that "
-            "lead outside (--options.allow-outside)."
+            "lead outside (--allow-outside)."
         )
     # What leads nowhere passes: reading it says so, and it is counted as rejected.
     if os.path.lexists(real) and not (is_folder or os.path.isfile(real) or os.path.islink(real)):  # noqa: PTH113, PTH114

@@ -299,7 +299,7 @@ def _of_split(files: list[str], source: str, options: SourceOptions) -> list[str
     if options.split not in splits:
         raise ConfigError(
             f"source {shown(source)} has files of the splits {', '.join(sorted(splits))}: choose "
-            f"one with --options.split; it is {options.split!r}."
+            f"one with --split; it is {options.split!r}."
         )
     return splits[options.split]
 

@@ -109,8 +109,7 @@ def _only(features: dict[str, Any], kind: str, source: str, what: str) -> str:
     found = [n for n, f in features.items() if isinstance(f, dict) and f.get("_type") == kind]
     if len(found) > 1:
         raise ConfigError(
-            f"{source} has the {kind} columns {', '.join(found)}: choose one with "
-            f"--options.{what}-column."
+            f"{source} has the {kind} columns {', '.join(found)}: choose one with --{what}-column."
         )
     return found[0] if found else ""
 
@@ -148,7 +147,7 @@ def _holds_bytes(kind: pa.DataType, column: str, source: str) -> bool:
     raise ConfigError(
         f"{source} has the type {str(kind)[:200]} in column {column!r}: images are binary, a "
         "struct of bytes and path as Hugging Face writes it, or texts with paths or URLs. Choose "
-        "another with --options.image-column."
+        "another with --image-column."
     )
 
 

@@ -177,8 +177,7 @@ def find_records(folder: Path) -> tuple[Path, Any] | None:
 def _part(parts: dict[str, list[str]], options: SourceOptions, folder: Path) -> list[str]:
     if options.split not in parts:
         raise ConfigError(
-            f"{folder} has no split {options.split!r}: choose from {', '.join(parts)} "
-            "(--options.split)."
+            f"{folder} has no split {options.split!r}: choose from {', '.join(parts)} (--split)."
         )
     return parts[options.split]
 

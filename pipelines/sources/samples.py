@@ -101,7 +101,7 @@ class _Sample:
         if len(found) > 1:
             raise ConfigError(
                 f"{self._where} has several images ({', '.join(found)}): say which with "
-                "--options.image-column EXTENSION."
+                "--image-column EXTENSION."
             )
         return self._members[found[0]] if found else None
 
@@ -121,7 +121,7 @@ class _Sample:
             )
             raise ConfigError(
                 f"{self._where} has no {options.label_column!r} in its .json{has}. Choose another "
-                "with --options.label-column, or switch labels off."
+                "with --label-column, or switch labels off."
             )
         return fields[options.label_column]
 

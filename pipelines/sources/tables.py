@@ -39,7 +39,7 @@ def image_column(names: Sequence[str], source: str, options: SourceOptions) -> s
     problem = f"no column {wanted[0]!r}" if options.image_column else "no image column by its name"
     raise ConfigError(
         f"{source} has {problem}; its columns are {_listed(names)}. Say which holds paths, URLs or "
-        "bytes with --options.image-column."
+        "bytes with --image-column."
     )
 
 
@@ -55,7 +55,7 @@ def label_column(names: Sequence[str], source: str, options: SourceOptions) -> s
         if options.label_column not in names:
             raise ConfigError(
                 f"{source} has no column {options.label_column!r}; its columns are "
-                f"{_listed(names)}. Choose one with --options.label-column, or switch labels off."
+                f"{_listed(names)}. Choose one with --label-column, or switch labels off."
             )
         return options.label_column
     return next((name for name in LABEL_COLUMNS if name in names), None)
@@ -164,7 +164,7 @@ class Resolver:
         if not self.options.allow_urls:
             raise ConfigError(
                 f"{where} names {shown(cell)!r:.200}: a table may send requests anywhere, also "
-                "into your own network. If you trust it, give --options.allow-urls."
+                "into your own network. If you trust it, give --allow-urls."
             )
         return cell
 
@@ -184,7 +184,7 @@ class Resolver:
         if not self.options.allow_outside and not real.startswith(inside):
             raise ConfigError(
                 f"{where} names {cell!r:.200}, which leads out of {folder}: a table could pack any "
-                "file of this machine. If you trust it, give --options.allow-outside."
+                "file of this machine. If you trust it, give --allow-outside."
             )
         return real
 

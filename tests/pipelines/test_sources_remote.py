@@ -171,7 +171,7 @@ def test_a_remote_table_reaches_nothing_else(served: Any, spool: Path, cell: str
     (root / "t.csv").write_text(f"path\n{cell}\n")
     for allow in (False, True):
         refused(f"{url}/t.csv", spool, "line 2", allow_urls=allow, allow_outside=allow)
-    assert seen == ["/t.csv"]
+    assert set(seen) == {"/t.csv"}
 
 
 def test_urls_in_a_table(served: Any, spool: Path, tmp_path: Path) -> None:

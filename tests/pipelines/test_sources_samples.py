@@ -119,7 +119,7 @@ def test_a_foreign_manifest_is_a_note(shards: Path, spool: Path) -> None:
 def test_which_member_is_the_image(tmp_path: Path, spool: Path) -> None:
     members = {"a/1.left.png": b"l", "a/1.right.png": b"r", "a/1.cls": b"x", "b.2.cls": b"y"}
     source = shard(tmp_path / "x" / "x.tar", members)
-    refused(f"{source.parent}", spool, "several images (left.png, right.png)", "--options.image-")
+    refused(f"{source.parent}", spool, "several images (left.png, right.png)", "--image-")
     images = listed(source.parent, spool, image_column="right.png")
     assert [(i.name, i.class_name, i.read()) for i in images] == [
         ("x.tar/a/1", "x", b"r"),

@@ -105,7 +105,7 @@ def test_columns_asked_for(here: Path, spool: Path) -> None:
 
 
 def test_a_table_without_image_column(here: Path, spool: Path) -> None:
-    refused(table(here, "a,b\n1,2\n"), spool, "t.csv", "columns are 'a', 'b'", "--options.image-")
+    refused(table(here, "a,b\n1,2\n"), spool, "t.csv", "columns are 'a', 'b'", "--image-")
     refused(rows(here, {"a": 1}), spool, "t.jsonl", "columns are 'a'")
 
 
@@ -312,7 +312,7 @@ def test_labels_beyond_the_names(here: Path, spool: Path, label: int) -> None:
 def test_several_columns_to_choose_from(here: Path, spool: Path) -> None:
     columns = {"image": [b"x"], "fine": [1], "coarse": [0]}
     source = parquet(here, columns, {"fine": NAMES, "coarse": NAMES})
-    refused(source, spool, "ClassLabel columns fine, coarse", "--options.label-column")
+    refused(source, spool, "ClassLabel columns fine, coarse", "--label-column")
     assert listed(source, spool, label_column="fine")[0].class_name == "eins"
     refused(source, spool, "columns are 'image', 'fine', 'coarse'", image_column="nope")
 
