@@ -24,8 +24,7 @@ def list_folder(folder: Path, source: str, options: SourceOptions) -> Listing:
     """List the files of a folder of class folders, or of a flat one, in the order of names.
 
     Raises:
-        ConfigError: If it is a folder of splits, or has links that lead out of it or something
-            that is neither file nor folder.
+        ConfigError: If it is a folder of splits, or has links that lead out of it.
     """
     root = os.fsencode(folder.absolute())
     if options.labels:
@@ -60,8 +59,8 @@ def _walk(root: bytes, source: str, options: SourceOptions) -> Iterator[bytes]:
     while stack:
         prefix, _, names, odd = stack[-1]
         for name in names:
-            if name in odd:
-                _check_odd(root + b"/" + prefix + name, real_root, source, options)
+            if name in odd and not options.allow_outside:
+                _check_link(root + b"/" + prefix + name, real_root, source)
             if name.endswith(b"/"):
                 path = root + b"/" + prefix + name
                 real = os.path.realpath(path) if options.allow_outside else b""
@@ -100,24 +99,23 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
         return False
 
 
-def _check_odd(path: bytes, root: bytes, source: str, options: SourceOptions) -> None:
-    """Refuse a link out of the folder or to one of its folders, and what is no file at all."""
+def _check_link(path: bytes, root: bytes, source: str) -> None:
+    """Refuse a link out of the folder or to one of its folders.
+
+    What leads nowhere passes, and so do FIFOs and sockets: reading them says what they are, and
+    they are counted as rejected.
+    """
     path = path.rstrip(b"/")
     real = os.path.realpath(path)
     is_folder = os.path.isdir(real)  # noqa: PTH112
-    outside = is_folder or not real.startswith(root.rstrip(b"/") + b"/")
-    if os.path.islink(path) and outside and not options.allow_outside:  # noqa: PTH114
+    inside = real.startswith(root.rstrip(b"/") + b"/")
+    leads = os.path.islink(path) and os.path.exists(real)  # noqa: PTH110, PTH114
+    if leads and (is_folder or not inside):
         where = "to a folder" if is_folder else "out of the folder"
         raise ConfigError(
             f"source {source} has a link {os.fsdecode(path)!r} that leads {where}: what it would "
             "pack is not in the source. Replace it by the file, or allow links and paths that "
             "lead outside (--allow-outside)."
-        )
-    # What leads nowhere passes: reading it says so, and it is counted as rejected.
-    if os.path.lexists(real) and not (is_folder or os.path.isfile(real) or os.path.islink(real)):  # noqa: PTH113, PTH114
-        raise ConfigError(
-            f"source {source} has {os.fsdecode(path)!r}, which is neither a file nor a folder: "
-            "every file has to be an image. Remove it."
         )
 
 

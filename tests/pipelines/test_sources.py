@@ -281,15 +281,18 @@ def test_splits_are_no_classes(tmp_path: Path, spool: Path) -> None:
     assert len(listed(root / "train", spool)) == 1
 
 
-@pytest.mark.parametrize("kind", ["fifo", "socket"])
-def test_what_is_neither_file_nor_folder(folder: Path, spool: Path, kind: str) -> None:
-    if kind == "fifo":
-        os.mkfifo(folder / "a" / "odd")
-    else:
-        os.chdir(folder / "a")
-        socket.socket(socket.AF_UNIX).bind("odd")
-        os.chdir("/")
-    refused(folder, spool, "a/odd", "neither a file nor a folder")
+def test_what_is_neither_file_nor_folder_is_listed_and_refused_when_read(
+    folder: Path, spool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder / "a")
+    os.mkfifo("fifo")
+    with socket.socket(socket.AF_UNIX) as odd:
+        odd.bind("socket")
+        images = {image.name: image for image in listed(folder, spool)}
+    assert len(images) == len(FILES) + 2
+    for name in ("a/fifo", "a/socket"):
+        with pytest.raises(OSError, match=r"no regular file|No such device"):
+            images[name].read()
 
 
 def test_links(folder: Path, tmp_path: Path, spool: Path) -> None:
@@ -297,9 +300,10 @@ def test_links(folder: Path, tmp_path: Path, spool: Path) -> None:
     (folder / "a" / "same.png").symlink_to("1.png")
     (folder / "a" / "gone.png").symlink_to("nothing.png")
     (folder / "a" / "self.png").symlink_to("self.png")
+    (folder / "a" / "away.png").symlink_to("/nowhere/x.png")
     images = {image.name: image for image in listed(folder, spool)}
     assert images["a/same.png"].read() == b"one"
-    for name in ("gone", "self"):  # rejected when read, and so counted
+    for name in ("gone", "self", "away"):  # rejected when read, and so counted
         with pytest.raises(OSError):
             images[f"a/{name}.png"].read()
     (folder / "b").mkdir()
