@@ -9,8 +9,10 @@ none of that once every read has a time-out and redirects are taken by hand.
 from __future__ import annotations
 
 import base64
+import functools
 import http.client
 import io
+import os
 import socket
 import ssl
 from contextlib import closing
@@ -31,6 +33,7 @@ from pipelines.remote.urls import is_internal, protocol_of, redacted, redirect_r
 
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
+_TRUST = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # what OpenSSL's defaults are replaced by
 BLOCK = 1 << 18  # bytes asked of the socket at a time
 
 
@@ -197,7 +200,7 @@ class _Hop:
             if not self._tls:
                 return raw
             try:
-                return ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+                return _trust(*map(os.environ.get, _TRUST)).wrap_socket(raw, server_hostname=host)
             except BaseException:
                 raw.close()
                 raise
@@ -207,6 +210,12 @@ class _Hop:
         """Close the connection."""
         if self._raw is not None:
             self._raw.close()
+
+
+@functools.lru_cache(maxsize=4)
+def _trust(file: str | None, folder: str | None) -> ssl.SSLContext:
+    """Return whose certificates are believed, read once (which takes milliseconds)."""
+    return ssl.create_default_context()
 
 
 def _basic(url: str) -> dict[str, str]:
