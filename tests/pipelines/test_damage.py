@@ -80,14 +80,12 @@ def test_the_next_good_sample_takes_the_place(backend: str) -> None:
     found, views = epochs(images, 2, 5, 1, backend=backend)
     assert found[:30] == expected_ids(images, 0) and found[30:] == expected_ids(images, 1)
     assert (found[4], found[5], found[29]) == (order[6], order[6], order[0])
-    # Numbers are those of position 4, drawn for the size of sample order[6].
-    ids_N = np.array([order[6]])
-    params = [
-        POLICY.draw(seed=3, epoch=0, positions=np.array([4]), view=v, sizes_N2=images.sizes(ids_N))
-        for v in (0, 1)
-    ]
-    one = ParamsBackend([POLICY])([images.pixels(order[6])], params)
-    assert torch.equal(views[:, 4], one[:, 0].permute(0, 3, 1, 2))
+    for position, sample_id in enumerate(found[:30]):  # its numbers, drawn for the size of that
+        size_N2 = images.sizes(np.array([sample_id]))
+        place = {"seed": 3, "epoch": 0, "positions": np.array([position])}
+        params = [POLICY.draw(**place, view=v, sizes_N2=size_N2) for v in (0, 1)]
+        one = ParamsBackend([POLICY])([images.pixels(sample_id)], params)
+        assert torch.equal(views[:, position], one[:, 0].permute(0, 3, 1, 2))
     assert not torch.equal(views[:, 4], views[:, 6])
 
 

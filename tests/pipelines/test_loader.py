@@ -372,11 +372,11 @@ def test_a_state_of_another_version_is_refused() -> None:
 @pytest.mark.parametrize("micro", [1, 5, 17, 30])
 def test_the_set_is_told_of_every_window_before_it_is_read(micro: int) -> None:
     class Watched(FakeSet):
-        def read(self, sample_id: int) -> bytes:
+        def pixels(self, sample_id: int) -> np.ndarray:
             shard = int(np.searchsorted(np.cumsum(self.shard_sizes), sample_id, "right"))
             with lock:
                 early.append(any(shard in hint for hint in self.hints))
-            return super().read(sample_id)
+            return super().pixels(sample_id)
 
     early: list[bool] = []
     lock = threading.Lock()
