@@ -37,7 +37,7 @@ class Backend(Protocol):
             params: Numbers of n views, for each of V views.
 
         Returns:
-            uint8 (V, n, size, size, 3), on the back-end's device.
+            uint8 (V, n, size, size, 3), on the device that the work is done on.
 
         Raises:
             DamagedImage: If an encoded image does not decode.
@@ -82,8 +82,18 @@ def _reference(policies: Sequence[SimCLRPolicy], device: torch.device, num_threa
     return ViewByView(augment, policies, device, chunk=16)
 
 
+def _threads(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
+    from pipelines.augment_threads import Threads
+
+    return Threads(policies)
+
+
 # Each imports its packages when it is chosen: they need not be installed to use another.
-BACKENDS: dict[str, Make] = {"kornia": _kornia, "reference": _reference}
+BACKENDS: dict[str, Make] = {"threads": _threads, "kornia": _kornia, "reference": _reference}
+
+# How far whole views may lie from the reference's: mean and largest difference in levels of 0..255.
+# What is left comes from sums that end near .5 before a rounding to 8 bit; a jitter can enlarge it.
+TOLERANCE: dict[str, tuple[float, float]] = {"threads": (0.008, 4), "kornia": (0.008, 4)}
 # Decode themselves, so that decoded images in memory are nothing to them.
 TAKE_BYTES = ("dali",)
 
