@@ -18,15 +18,17 @@ from pipelines.decode import MAX_PIXELS, DamagedImage, Pixels, decode
 from pipelines.order import BlockOrder, Int64
 
 FORMAT = "fastclr-shards"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 _SHARD_FIELDS = {
     "file": str,
     "index": str,
+    "dali_index": str,
     "num_samples": int,
     "num_bytes": int,
     "sha256": str,
     "index_sha256": str,
+    "dali_index_sha256": str,
 }
 
 

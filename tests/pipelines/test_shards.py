@@ -121,10 +121,10 @@ def test_a_manifest_with_a_wrong_type(packed: Path, key: str, value: object) -> 
     refuse(packed, "manifest.json is damaged")
 
 
-@pytest.mark.parametrize("change", [{"version": 2}, {"version": "1"}, {"format": "other"}])
+@pytest.mark.parametrize("change", [{"version": 3}, {"version": "2"}, {"format": "other"}])
 def test_another_format_or_version(packed: Path, change: dict[str, object]) -> None:
     edit_manifest(packed, lambda m: m.update(change))
-    refuse(packed, "this fastclr reads fastclr-shards version 1", str(next(iter(change.values()))))
+    refuse(packed, "this fastclr reads fastclr-shards version 2", str(next(iter(change.values()))))
 
 
 @pytest.mark.parametrize("key", ["file", "index"])
