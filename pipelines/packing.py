@@ -188,7 +188,8 @@ class _Packer:
                 data = self._transform.apply(data, pixels)
                 extension, pixels = check_and_decode(data)
         except (OSError, DamagedImage) as error:
-            self._rejected.append((entry.image.name, str(error)))
+            reason = isinstance(error, OSError) and error.strerror  # without the path
+            self._rejected.append((entry.image.name, reason or str(error)))
             return
         self._sums.add(pixels)
         self._write(key, extension, data, pixels.shape[:2], label, entry.image.name)

@@ -21,7 +21,7 @@ from fastclr.files import sync, write_json
 from pipelines.decode import DamagedImage
 from pipelines.disk_sort import Row, sort_rows
 from pipelines.order import hash64
-from pipelines.sources import SourceImage, SourceOptions, list_source
+from pipelines.sources import SourceImage, SourceOptions, list_source, sort_class_names
 from pipelines.transform import Transform
 
 Job = Callable[[str, int], int]  # a job of a work folder, by number
@@ -65,7 +65,7 @@ class Settings:
 
     def source_name(self) -> str:
         """Return the source's last part: what a set may tell of where it came from."""
-        return self.source.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
+        return self.source.split("?")[0].rstrip("/").rsplit("/", 1)[-1].rsplit("@", 1)[-1]
 
     def command(self) -> str:
         """Return the command that packs the same bytes, without paths and machines."""
@@ -97,7 +97,7 @@ class Plan:
         settings: JSON of :class:`Settings`.
         num_images: Images to pack.
         num_duplicates: Images left out.
-        class_names: Sorted.
+        class_names: In the order of the labels.
         listing: sha256 of the source's listing; None if the images were copied into the spool,
             which then is the source.
         shards: For each shard its number of images, the number of its first, and the place of its
@@ -142,7 +142,7 @@ def make_plan(settings: Settings, work: Path, run_jobs: RunJobs) -> Plan:
     Raises:
         ConfigError: If the source is unusable or has no images.
     """
-    listing = Listing(work / "spool")
+    listing = Listed(work / "spool")
     rows: Iterator[Row] = sort_rows(listing.rows(settings), work)
     num_duplicates = 0
     if settings.drop_duplicates:
@@ -155,7 +155,7 @@ def make_plan(settings: Settings, work: Path, run_jobs: RunJobs) -> Plan:
         asdict(settings),
         num_images,
         num_duplicates,
-        sorted(listing.class_names),
+        listing.class_names(),
         listing.digest(),
         shards,
     )
@@ -163,7 +163,7 @@ def make_plan(settings: Settings, work: Path, run_jobs: RunJobs) -> Plan:
     return Plan.load(work)
 
 
-class Listing:
+class Listed:
     """Lists a source, and knows afterwards its classes and a hash of it.
 
     Args:
@@ -171,26 +171,39 @@ class Listing:
     """
 
     def __init__(self, spool: Path) -> None:
-        self.class_names: set[str] = set()
         self._spool, self._spooled = spool, False
+        self._seen: set[str] = set()
+        self._stated: list[str] | None = None
         self._hash = hashlib.sha256()
 
     def rows(self, settings: Settings) -> Iterator[Row]:
         """Yield name, place in the listing, and the rest of each image."""
         self._spool.mkdir(exist_ok=True)
         inside = f"{self._spool}/"
-        for place, image in enumerate(list_source(settings.source, settings.options, self._spool)):
+        images = list_source(settings.source, settings.options, self._spool)
+        for place, image in enumerate(images):
             if image.class_name is not None:
-                self.class_names.add(image.class_name)
+                self._seen.add(image.class_name)
             self._spooled = self._spooled or image.url.startswith(inside)
-            url = (
-                image.url
-                if image.url[:1] == "/" or "://" in image.url
-                else str(Path(image.url).absolute())
-            )
-            rest = [image.class_name, url, image.offset, image.num_bytes]
+            rest = [image.class_name, _absolute(image.url), image.offset, image.num_bytes]
             self._hash.update(_line([image.name, *rest]))
             yield [image.name, place, *rest]
+        self._stated = images.class_names
+
+    def class_names(self) -> list[str]:
+        """Return the classes in the order of their labels.
+
+        Raises:
+            ConfigError: If an image has a class that the source does not state.
+        """
+        if self._stated is None:
+            return sort_class_names(self._seen)
+        if unknown := sorted(self._seen - set(self._stated)):
+            raise ConfigError(
+                f"images have the class {unknown[0]!r}, which is none of the {len(self._stated)} "
+                "that their source states: correct the one or the other."
+            )
+        return self._stated
 
     def digest(self) -> str | None:
         """Return the hash, or None if anything was copied."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import stat
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fastclr.config import ConfigError
-from pipelines.decode import DamagedImage
 
 MAX_BYTES = 1 << 30  # of one encoded image
 
@@ -42,27 +41,47 @@ class SourceImage:
         """Return the encoded image.
 
         Raises:
-            OSError: If it cannot be read.
-            DamagedImage: If it is no plain file, larger than MAX_BYTES, or ends too early.
+            OSError: If it cannot be read, is no regular file, larger than MAX_BYTES or ends early.
         """
         # O_NONBLOCK: opening a pipe that nobody writes would wait for ever.
         descriptor = os.open(self.url, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise DamagedImage("is no plain file")
+                raise OSError(f"{self.url} is no regular file: it cannot hold an image")
             size = status.st_size - self.offset if self.num_bytes < 0 else self.num_bytes
             if size > MAX_BYTES:
-                raise DamagedImage(f"has {size} bytes, more than the limit of {MAX_BYTES}")
+                raise OSError(f"has {size} bytes, more than the limit of {MAX_BYTES}")
             data = os.pread(descriptor, size, self.offset) if size > 0 else b""
         finally:
             os.close(descriptor)
         if len(data) != max(size, 0):
-            raise DamagedImage(f"has {len(data)} of its {size} bytes")
+            raise OSError(f"has {len(data)} of its {size} bytes")
         return data
 
 
-def list_source(source: str, options: SourceOptions, spool: Path) -> Iterator[SourceImage]:
+class Listing(Iterator[SourceImage]):
+    """The images of a source, once, in an order that depends on the source alone.
+
+    Attributes:
+        class_names: The classes in the order of their numbers where the source states them; None
+            where they are what the images say.
+    """
+
+    def __init__(self, images: Iterable[SourceImage], class_names: list[str] | None = None) -> None:
+        self._images = iter(images)
+        self.class_names = class_names
+
+    def __next__(self) -> SourceImage:
+        return next(self._images)
+
+
+def sort_class_names(names: Iterable[str]) -> list[str]:
+    """Order classes that no source has numbered."""
+    return sorted(names)
+
+
+def list_source(source: str, options: SourceOptions, spool: Path) -> Listing:
     """List the images of a folder of class folders, a flat folder, or a plain tar of one of these.
 
     Files whose name begins with a dot are left out; every other file has to be an image.
@@ -71,7 +90,7 @@ def list_source(source: str, options: SourceOptions, spool: Path) -> Iterator[So
         ConfigError: If the source is missing, mixes both layouts, has no image or an empty class.
     """
     del options, spool
-    yield from _list_local(Path(source))
+    return Listing(_list_local(Path(source)))
 
 
 def _list_local(source: Path) -> list[SourceImage]:

@@ -49,7 +49,7 @@ class Transform:
             DamagedImage: If the format cannot hold it.
         """
         image = Image.fromarray(pixels)
-        if turn := _TURNS.get(_orientation(data)):
+        if (turn := _TURNS.get(_orientation(data))) is not None:
             image = image.transpose(turn)
         if self.shorter_side and min(image.size) > self.shorter_side:
             scale = self.shorter_side / min(image.size)

@@ -7,12 +7,10 @@ RECORD = 20 * BLOCK  # a tar's length is a multiple of it
 
 _MAX_SIZE = 8**11 - 1  # what 11 octal digits hold
 # After the size: time 0, checksum (spaces while it is summed), type of a plain file, no link,
-# magic, version, no names of owners, device 0, no prefix.
+# magic, version, no names of owners, no device, no prefix.
 _BEFORE_SIZE = b"0000644\0" + b"0000000\0" * 2
 _TIME = b"00000000000\0"
-_AFTER_CHECKSUM = (
-    b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(155) + bytes(12)
-)
+_AFTER_CHECKSUM = b"0" + bytes(100) + b"ustar\x0000" + bytes(64 + 16 + 155 + 12)
 _FIXED_SUM = sum(_BEFORE_SIZE) + sum(_TIME) + 8 * ord(" ") + sum(_AFTER_CHECKSUM)
 
 

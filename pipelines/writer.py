@@ -23,7 +23,7 @@ from fastclr.config import ConfigError
 from fastclr.files import sync, write_json
 from pipelines.executors import EXECUTORS
 from pipelines.packing import FACTS, SET, ShardFacts, facts_file, pack_shard, read_facts
-from pipelines.plan import PLAN, Job, Listing, Plan, Settings, make_plan
+from pipelines.plan import PLAN, Job, Listed, Plan, Settings, make_plan
 from pipelines.shards import FORMAT, MANIFEST, VERSION, ShardError, ShardSet
 
 _MAX_NAMED = 10  # damaged files named in an error
@@ -104,7 +104,7 @@ class Packing:
     def __post_init__(self) -> None:
         if self.executor not in EXECUTORS:
             raise ConfigError(f"executor is {self.executor!r}: choose from {', '.join(EXECUTORS)}.")
-        if self.max_rejected < 0 or (self.max_rejected > 1 and self.max_rejected % 1):
+        if not self.max_rejected >= 0 or (self.max_rejected > 1 and self.max_rejected % 1):
             raise ConfigError(
                 f"max_rejected is {self.max_rejected}: give a number of images, or a part of all "
                 "of them below 1."
@@ -211,15 +211,15 @@ class Packing:
             )
         if check_source and plan.listing and self._listing() != plan.listing:
             raise ConfigError(
-                f"source {self.settings.source} lists other images than when {self.work} was "
-                f"begun: bring it back, or start anew after `rm -r {self.work}`."
+                f"source {self.settings.source_name()} lists other images than when {self.work} "
+                f"was begun: bring it back, or start anew after `rm -r {self.work}`."
             )
         return plan
 
     def _listing(self) -> str | None:
         """Return the hash of the source as it is now."""
         with tempfile.TemporaryDirectory(dir=self.work, prefix="spool.") as spool:
-            listing = Listing(Path(spool))
+            listing = Listed(Path(spool))
             for _ in listing.rows(self.settings):
                 pass
             return listing.digest()

@@ -12,8 +12,11 @@ from rich.progress import Progress
 from fastclr.cli import guard
 from fastclr.config import ConfigError
 from pipelines.plan import Settings
+from pipelines.sources import SourceOptions
 from pipelines.transform import Transform
 from pipelines.writer import REJECTED, Packing
+
+_OPTIONS = SourceOptions()
 
 
 def make_shards(
@@ -32,6 +35,7 @@ def make_shards(
     executor: Literal["processes", "ray"] = "processes",
     task: str | None = None,
     merge: bool = False,
+    options: tyro.conf.OmitArgPrefixes[SourceOptions] = _OPTIONS,
 ) -> None:
     """Pack a folder of class folders, a flat folder, or a plain tar of one of these.
 
@@ -52,10 +56,12 @@ def make_shards(
         executor: Where they run; ray uses the cluster of RAY_ADDRESS, or one started here.
         task: K/N, K from 0: pack every N-th shard only, into a work folder that N tasks share.
         merge: Publish what the tasks have packed.
+        options: How the source is read.
     """
     settings = Settings(
         source,
         out.name,
+        options,
         samples_per_shard=samples_per_shard,
         shard_bytes=shard_bytes,
         seed=seed,
