@@ -17,7 +17,8 @@ import numpy.typing as npt
 from fastclr.files import write_json
 from pipelines import ustar
 from pipelines.decode import DamagedImage, Pixels, check_and_decode
-from pipelines.plan import Entry, Plan
+from pipelines.plan import Plan
+from pipelines.sources import SourceImage
 from pipelines.transform import Transform
 
 SET = "set"  # folder that becomes the target
@@ -70,9 +71,9 @@ def pack_shard(work: str, number: int) -> int:
     packer = _Packer(folder, f"{plan.settings['name']}-{number:06d}", plan.transform())
     labels = {name: label for label, name in enumerate(plan.class_names)}
     try:
-        for place, entry in enumerate(plan.entries(folder, number), first):
-            class_name = entry.image.class_name
-            packer.add(f"{place:09d}", entry, None if class_name is None else labels[class_name])
+        for place, (image, sha256) in enumerate(plan.entries(folder, number), first):
+            label = None if image.class_name is None else labels[image.class_name]
+            packer.add(f"{place:09d}", image, sha256, label)
         facts = packer.finish()
     finally:
         packer.remove()
@@ -93,12 +94,11 @@ class _HashedFile:
         self._stream: IO[bytes] = self.path.open("wb", buffering=0)
         self._hash = hashlib.sha256()
 
-    def write(self, *parts: bytes) -> None:
+    def write(self, part: bytes) -> None:
         """Append; in pieces of a mebibyte."""
-        self._parts += parts
-        added = sum(map(len, parts))
-        self.size += added
-        self._held += added
+        self._parts.append(part)
+        self.size += len(part)
+        self._held += len(part)
         if self._held >= _FLUSH:
             self._flush()
 
@@ -177,11 +177,11 @@ class _Packer:
         self._rejected: list[tuple[str, str]] = []
         self._sums = _PixelSums()
 
-    def add(self, key: str, entry: Entry, label: int | None) -> None:
+    def add(self, key: str, image: SourceImage, sha256: str | None, label: int | None) -> None:
         """Pack an image or note why not."""
         try:
-            data = entry.image.read()
-            if entry.sha256 and hashlib.sha256(data).hexdigest() != entry.sha256:
+            data = image.read()
+            if sha256 and hashlib.sha256(data).hexdigest() != sha256:
                 raise DamagedImage("changed while it was packed")
             extension, pixels = check_and_decode(data)
             if self._transform:
@@ -189,10 +189,10 @@ class _Packer:
                 extension, pixels = check_and_decode(data)
         except (OSError, DamagedImage) as error:
             reason = isinstance(error, OSError) and error.strerror  # without the path
-            self._rejected.append((entry.image.name, reason or str(error)))
+            self._rejected.append((image.name, reason or str(error)))
             return
         self._sums.add(pixels)
-        self._write(key, extension, data, pixels.shape[:2], label, entry.image.name)
+        self._write(key, extension, data, pixels.shape[:2], label, image.name)
 
     def _write(
         self,
@@ -203,21 +203,22 @@ class _Packer:
         label: int | None,
         source: str,
     ) -> None:
-        name = f"{key}.{extension}"
-        offset = self._tar.size + ustar.BLOCK
-        line = f"{extension} {offset} {len(data)} {name}"
-        self._tar.write(ustar.header(name.encode(), len(data)), data, ustar.padding(len(data)))
+        length, offset = len(data), self._tar.size + ustar.BLOCK
+        image, text = f"{key}.{extension}", "null"
+        line = f"{extension} {offset} {length} {image}\n"
+        blocks = ustar.header(image.encode(), length) + data + ustar.padding(length)
         if label is not None:
-            text = b"%d" % label
-            line += f" cls {self._tar.size + ustar.BLOCK} {len(text)} {key}.cls"
+            text = str(label)
+            at = offset + len(blocks)  # the label's header ends a block after the image's did
+            line = f"{line[:-1]} cls {at} {len(text)} {key}.cls\n"
             header = ustar.header(f"{key}.cls".encode(), len(text))
-            self._tar.write(header, text, ustar.padding(len(text)))
-        self._dali_lines.write(line.encode() + b"\n")
+            blocks += header + text.encode() + ustar.padding(len(text))
+        self._tar.write(blocks)
+        self._dali_lines.write(line.encode())
         self._index.write(
             f'{{"key": "{key}", "extension": "{extension}", "offset": {offset}, '
-            f'"num_bytes": {len(data)}, "height": {size[0]}, "width": {size[1]}, '
-            f'"label": {"null" if label is None else label}, '
-            f'"source": {quote(source)}}}\n'.encode()
+            f'"num_bytes": {length}, "height": {size[0]}, "width": {size[1]}, '
+            f'"label": {text}, "source": {quote(source)}}}\n'.encode()
         )
         self._count += 1
 

@@ -82,14 +82,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One line of the plan: an image and, where duplicates are dropped, the sha256 of its bytes."""
-
-    image: SourceImage
-    sha256: str | None
-
-
-@dataclass(frozen=True)
 class Plan:
     """The finished plan.
 
@@ -121,14 +113,14 @@ class Plan:
         options = self.settings["transform"]
         return Transform(**options) if options else None
 
-    def entries(self, work: Path, number: int) -> Iterator[Entry]:
-        """Yield the images of one shard, in order."""
+    def entries(self, work: Path, number: int) -> Iterator[tuple[SourceImage, str | None]]:
+        """Yield the images of one shard, in order, with the sha256 that duplicates were told by."""
         count, _, at = self.shards[number]
         with (work / _ENTRIES).open("rb") as stream:
             stream.seek(at)
             for _ in range(count):
                 *image, sha256 = json.loads(stream.readline())
-                yield Entry(SourceImage(*image), sha256)
+                yield SourceImage(*image), sha256
 
 
 def make_plan(settings: Settings, work: Path, run_jobs: RunJobs) -> Plan:
