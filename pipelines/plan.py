@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -69,15 +70,17 @@ class Settings:
 
     def command(self) -> str:
         """Return the command that packs the same bytes, without paths and machines."""
-        parts = ["python tools/make_shards.py", self.source_name(), "--out", self.name]
-        options = [(f.name, getattr(self.options, f.name), f.default) for f in fields(self.options)]
+        name = shlex.quote(self.source_name())
+        parts = ["python tools/make_shards.py", name, "--out", shlex.quote(self.name)]
         own = [(f.name, getattr(self, f.name), f.default) for f in fields(self)[3:6]]
-        for name, value, default in own + options:
-            if value != default:
-                parts += [f"--{name.replace('_', '-')}", str(value)]
-        for name, value in asdict(self.transform).items() if self.transform else ():
-            if value is not None:
-                parts += [f"--{name.replace('_', '-')}", str(value)]
+        how = [(f.name, getattr(self.options, f.name), f.default) for f in fields(self.options)]
+        new = [(*item, None) for item in asdict(self.transform).items()] if self.transform else []
+        for name, value, default in own + how + new:
+            flag = name.replace("_", "-")
+            if isinstance(value, bool) and value != default:
+                parts.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value != default:
+                parts += [f"--{flag}", shlex.quote(str(value))]
         return " ".join(parts + ["--drop-duplicates"] * self.drop_duplicates)
 
 

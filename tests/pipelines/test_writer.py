@@ -20,7 +20,6 @@ from fastclr.config import ConfigError
 from pipelines.decode import Pixels, decode
 from pipelines.order import permutation
 from pipelines.shards import ShardError, ShardSet
-from pipelines.sources import SourceOptions, list_source
 from pipelines.writer import write_shards
 
 Picture = Callable[..., Pixels]
@@ -355,10 +354,3 @@ def test_any_failure_leaves_no_set_and_can_be_mended(
     assert files_of(work / "set") == before
     shutil.rmtree(work)
     assert len(write_shards(flat, target)) == 5
-
-
-def test_list_source_follows_links_to_files(flat: Path, tmp_path: Path) -> None:
-    (tmp_path / "links").mkdir()
-    (tmp_path / "links" / "x.png").symlink_to(flat / "0.png")
-    (image,) = list_source(str(tmp_path / "links"), SourceOptions(), tmp_path)
-    assert image.read() == (flat / "0.png").read_bytes() and image.class_name is None
