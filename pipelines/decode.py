@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ _JPEG_START = b"\xff\xd8"
 SMALL = 64 * 64  # pixels
 # MPO: what Pillow calls the JPEG of a camera that appends a second picture.
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_PNG = b"\x89PNG\r\n\x1a\n"
+_RGB_8 = b"\x08\x02\x00\x00\x00"  # 8 bits, RGB, deflate, five filters, not interlaced
 
 
 class DamagedImage(ValueError):
@@ -35,19 +38,33 @@ def check_image(data: bytes) -> tuple[str, int, int]:
         DamagedImage: If the bytes are empty, of another format, truncated, damaged, or larger than
             :data:`MAX_PIXELS`.
     """
+    extension, pixels = check_and_decode(data)
+    return extension, *pixels.shape[:2]
+
+
+def check_and_decode(data: bytes) -> tuple[str, Pixels]:
+    """Decode strictly: the check of :func:`check_image` and the pixels of :func:`decode` in one.
+
+    Returns:
+        File extension (``jpg``, ``png`` or ``webp``) and uint8 (H, W, 3).
+
+    Raises:
+        DamagedImage: See :func:`check_image`.
+    """
     try:
+        if data[:8] == _PNG:
+            _check_png(data)
+            if (pixels := _decode_plain_png(data)) is not None:
+                return "png", pixels
         with _open(data) as image:
             extension = _EXTENSIONS[image.format or ""]
-            width, height = image.size
             if extension == "jpg" and _is_plain_jpeg(data):
-                simplejpeg.decode_jpeg(data, strict=True)
-            else:
-                image.load()
+                return extension, simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+            return extension, np.array(_to_rgb(image))
     except DamagedImage:
         raise
     except Exception as error:  # decoders raise anything on hostile bytes
         raise DamagedImage(f"does not decode: {error}") from error
-    return extension, height, width
 
 
 def check_header(data: bytes) -> tuple[int, int]:
@@ -136,6 +153,35 @@ def _check_size(width: int, height: int) -> None:
     """Refuse more pixels than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
         raise DamagedImage(f"has {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
+
+
+def _check_png(data: bytes) -> None:
+    """Check the checksum of every chunk: Pillow passes over those of the pixels."""
+    at = 8
+    while (kind := data[at + 4 : at + 8]) != b"IEND":
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if not kind or end + 4 > len(data):
+            raise DamagedImage("is truncated")
+        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise DamagedImage(f"is damaged: chunk {kind!r} has another checksum")
+        at = end + 4
+
+
+def _decode_plain_png(data: bytes) -> Pixels | None:
+    """Decode an 8-bit RGB PNG six times as fast as Pillow; None leaves it to Pillow.
+
+    What kornia_rs refuses is judged by Pillow, which says why.
+    """
+    if data[12:16] != b"IHDR" or data[24:29] != _RGB_8:
+        return None
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    _check_size(width, height)
+    from kornia_rs.io import decode_image_png_u8
+
+    try:
+        return decode_image_png_u8(data, (height, width), "rgb")
+    except Exception:  # it raises several kinds
+        return None
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
