@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from fastclr.config import ConfigError
 from pipelines.decode import Pixels
 from pipelines.policy import SimCLRPolicy, ViewParams
 
@@ -38,7 +39,7 @@ class Backend(Protocol):
             uint8 (V, n, size, size, 3), on the back-end's device.
 
         Raises:
-            DamagedImage: If an encoded image does not decode.
+            DamagedImages: If encoded images do not decode; names all of them.
         """
         ...
 
@@ -68,6 +69,19 @@ class ViewByView:
 Make = Callable[[Sequence[SimCLRPolicy], torch.device, int], Backend]
 
 
+def _dali(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
+    try:
+        from pipelines.augment_dali import Dali
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("nvidia"):
+            raise
+        raise ConfigError(
+            "backend 'dali' needs NVIDIA DALI, which is not installed: pip install 'fastclr[dali]' "
+            "(CUDA 13) or 'fastclr[dali-cuda12]', or choose another back-end."
+        ) from error
+    return Dali(policies, device, num_threads)
+
+
 def _kornia(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
     from pipelines.augment_kornia import augment
 
@@ -81,4 +95,4 @@ def _reference(policies: Sequence[SimCLRPolicy], device: torch.device, num_threa
 
 
 # Each imports its packages when it is chosen: they need not be installed to use another.
-BACKENDS: dict[str, Make] = {"kornia": _kornia, "reference": _reference}
+BACKENDS: dict[str, Make] = {"kornia": _kornia, "dali": _dali, "reference": _reference}
