@@ -12,9 +12,9 @@ CMYK JPEG, WebP) is decoded by that function and fed as PNM, which is a header b
 
 Damage. DALI passes over damage inside a JPEG, so each JPEG is checked by
 :func:`pipelines.decode.check_image` first, in half the time of a decode. Whole PNGs are checked by
-DALI, which refuses wrong checksums. Where it raises, which ends its pipeline, the images are decoded by
-:func:`pipelines.decode.decode`, which either names the damaged ones or gives the pixels DALI could
-not.
+DALI, which refuses wrong checksums. Where it raises, which ends its pipeline, the images are
+decoded by :func:`pipelines.decode.decode`, which either names the damaged ones or gives the pixels
+that DALI could not.
 
 On CUDA this has not been run yet: no machine with a GPU was at hand. The graph is the one that is
 tested on the CPU.
