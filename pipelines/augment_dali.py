@@ -5,6 +5,8 @@
 One graph for both devices. It is fed with encoded images from our order and with numbers from our
 policy, so that order, resume and faults are those of every other back-end, and it ends at 8-bit
 crops: DALI's own hue is a rotation in YIQ and its contrast pivots at 128, which is another jitter.
+Under ``colour_model="affine"`` alone the graph goes on to the matrices of
+:mod:`pipelines.colour_affine`.
 
 Pixels. DALI decodes plain JPEGs (also gray, progressive, with EXIF, whose rotation is not applied)
 and PNGs of up to 8 bit to the same levels as :func:`pipelines.decode.decode`. All else (16-bit PNG,
@@ -26,6 +28,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
 from pipelines.augment_kornia import finish
+from pipelines.colour_affine import matrices
 from pipelines.decode import MAX_PIXELS, DamagedImage, DamagedImages, Pixels, check_image, decode
 from pipelines.policy import SimCLRPolicy, ViewParams
 
@@ -66,6 +70,7 @@ class Dali:
         self, policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int
     ) -> None:
         self._policies, self._device, self._num_threads = policies, device, num_threads
+        self._affine = [policy.colour_model == "affine" for policy in policies]
         self._lock = threading.Lock()
         self._pipeline: Pipeline | None = None
 
@@ -88,12 +93,13 @@ class Dali:
             sources = each(lambda image: as_pnm(decode(image)), images)
             warnings.warn(f"DALI refused a batch, which Pillow decodes: {error}", stacklevel=2)
             crops = self._crops(sources, params)
-        triples = zip(crops, params, self._policies, strict=True)
+        done = [_without_colours(p) if a else p for p, a in zip(params, self._affine, strict=True)]
+        triples = zip(crops, done, self._policies, strict=True)
         return torch.stack([finish(crop_NHWC, p, policy) for crop_NHWC, p, policy in triples])
 
     def _crops(self, sources: list[bytes], params: Sequence[ViewParams]) -> list[torch.Tensor]:
         """Run the graph: uint8 (n, size, size, 3) for each view, on the device."""
-        feeds = numbers(params)
+        feeds = numbers(params, self._affine)
         feeds["encoded"] = [np.frombuffer(source, np.uint8) for source in sources]
         with self._lock:
             pipeline, self._pipeline = self._pipeline, None  # one that fails is not used again
@@ -124,14 +130,12 @@ class Dali:
         largest = max((size_of(source) for source in sources), key=lambda hw: hw[0] * hw[1])
         size = self._policies[0].size
         with pipeline:
-            pipeline.set_outputs(
-                *graph("gpu" if on_gpu else "cpu", len(self._policies), size, largest)
-            )
+            pipeline.set_outputs(*graph("gpu" if on_gpu else "cpu", self._affine, size, largest))
         pipeline.build()
         return pipeline
 
 
-def graph(device: str, num_views: int, size: int, largest: tuple[int, int]) -> list[Any]:
+def graph(device: str, affine: Sequence[bool], size: int, largest: tuple[int, int]) -> list[Any]:
     """Describe what DALI does: one decode of the whole image, then a crop and a resize a view.
 
     Regions are not decoded alone: the hardware decoder knows whole images only, and the views share
@@ -141,7 +145,7 @@ def graph(device: str, num_views: int, size: int, largest: tuple[int, int]) -> l
     Args:
         device: ``cpu`` or ``gpu``; on a GPU the decode is ``mixed`` and nothing comes back to the
             host.
-        num_views: Views V of an image.
+        affine: For each view, whether colours follow, by matrices.
         size: Side of the views in pixels.
         largest: Height and width of the largest image known, a hint for the memory of the decoder.
 
@@ -162,31 +166,39 @@ def graph(device: str, num_views: int, size: int, largest: tuple[int, int]) -> l
         host_memory_padding=max(_HOST_BYTES * height * width, _LEAST_HOST_BYTES),
     )
     views = []
-    for view in range(num_views):
-        start, shape = (_input(f"{name}{view}", types.INT32) for name in ("start", "shape"))
-        first, last = (_input(f"{name}{view}", types.FLOAT) for name in ("first", "last"))
-        views.append(
-            fn.resize(
-                fn.slice(image, device=device, start=start, shape=shape, axes=(0, 1)),
-                device=device,
-                size=(size, size),
-                roi_start=first,
-                roi_end=last,
-                roi_relative=True,
-                interp_type=types.INTERP_CUBIC,
-                antialias=True,
-            )
+    for view, with_colours in enumerate(affine):
+        start, shape = (_input(f"{name}{view}", types.INT32, 1) for name in ("start", "shape"))
+        first, last = (_input(f"{name}{view}", types.FLOAT, 1) for name in ("first", "last"))
+        crop = fn.resize(
+            fn.slice(image, device=device, start=start, shape=shape, axes=(0, 1)),
+            device=device,
+            size=(size, size),
+            roi_start=first,
+            roi_end=last,
+            roi_relative=True,
+            interp_type=types.INTERP_CUBIC,
+            antialias=True,
         )
+        views.append(_coloured(crop, view, device) if with_colours else crop)
     return views
 
 
-def _input(name: str, dtype: Any) -> Any:
-    """Two numbers a sample: of height and of width."""
-    return fn.external_source(name=name, dtype=dtype, ndim=1, batch=True)
+def _coloured(crop: Any, view: int, device: str) -> Any:
+    """Go on to A x + B m, where m is the mean of the crop."""
+    a, b = (_input(f"{name}{view}", types.FLOAT, 2) for name in ("A", "B"))
+    mean = fn.reductions.mean(crop, device=device, axes=(0, 1), keep_dims=True)
+    levels = fn.coord_transform(crop, device=device, M=a, dtype=types.FLOAT)
+    offset = fn.coord_transform(mean, device=device, M=b, dtype=types.FLOAT)
+    return fn.cast(levels + offset, device=device, dtype=types.UINT8)  # rounds and clips
 
 
-def numbers(params: Sequence[ViewParams]) -> dict[str, Any]:
-    """Turn drawn numbers into what the graph's inputs take, (n, 2) each."""
+def _input(name: str, dtype: Any, ndim: int) -> Any:
+    """Numbers of a sample, from the host."""
+    return fn.external_source(name=name, dtype=dtype, ndim=ndim, batch=True)
+
+
+def numbers(params: Sequence[ViewParams], affine: Sequence[bool]) -> dict[str, Any]:
+    """Turn drawn numbers into what the graph's inputs take: (n, 2), and (n, 3, 3) matrices."""
     feeds: dict[str, npt.NDArray[Any]] = {}
     for view, p in enumerate(params):
         first = np.stack([np.zeros(len(p)), p.flip_N], 1).astype(np.float32)
@@ -194,7 +206,15 @@ def numbers(params: Sequence[ViewParams]) -> dict[str, Any]:
         feeds[f"shape{view}"] = np.ascontiguousarray(p.box_N4[:, 2:], np.int32)
         feeds[f"first{view}"] = first
         feeds[f"last{view}"] = 1 - first
+        if affine[view]:
+            feeds[f"A{view}"], feeds[f"B{view}"] = matrices(p)
     return feeds
+
+
+def _without_colours(params: ViewParams) -> ViewParams:
+    """Leave nothing but the blur to do."""
+    no = np.zeros(len(params), bool)
+    return replace(params, jitter_N=no, gray_N=no)
 
 
 def each(function: Any, images: Sequence[Any]) -> list[Any]:

@@ -69,6 +69,15 @@ class ViewByView:
 Make = Callable[[Sequence[SimCLRPolicy], torch.device, int], Backend]
 
 
+def _exact_colours(backend: str, policies: Sequence[SimCLRPolicy]) -> None:
+    """Refuse a policy whose colours the back-end does not make."""
+    if any(policy.colour_model != "exact" for policy in policies):
+        raise ConfigError(
+            f"backend {backend!r} makes exact colours only, views.colour_model asks for others: "
+            "set it to exact, or choose the back-end dali."
+        )
+
+
 def _dali(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
     try:
         from pipelines.augment_dali import Dali
@@ -83,12 +92,14 @@ def _dali(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: i
 
 
 def _kornia(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
+    _exact_colours("kornia", policies)
     from pipelines.augment_kornia import augment
 
     return ViewByView(augment, policies, device)
 
 
 def _reference(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
+    _exact_colours("reference", policies)
     from pipelines.augment_reference import augment
 
     return ViewByView(augment, policies, device, chunk=16)

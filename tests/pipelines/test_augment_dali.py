@@ -7,6 +7,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastclr.world import World
 from pipelines import augment_dali
 from pipelines.augment_dali import Dali, as_pnm, feedable, graph, size_of
 from pipelines.backends import BACKENDS
+from pipelines.colour_affine import matrices
 from pipelines.decode import MAX_PIXELS, DamagedImages, Pixels, decode
 from pipelines.loader import make_loader
 from pipelines.policy import SimCLRPolicy, ViewParams
@@ -113,7 +115,7 @@ def test_every_format_has_the_pixels_of_decode(picture: Picture, encode: Encode)
         assert size_of(fed) == expected.shape[:2], name
         pipeline = Pipeline(1, 1, device_id=None, prefetch_queue_depth=1)
         with pipeline:
-            (view,) = graph("cpu", 1, 8, (1, 1))
+            (view,) = graph("cpu", [False], 8, (1, 1))
             # The decoder stands before the crop.
             pipeline.set_outputs(view.source.inputs[0].source.inputs[0])
         pipeline.build()
@@ -270,6 +272,53 @@ def test_the_loader_makes_the_same_batches_with_any_threads(shard_set: ShardSet)
     assert threading.active_count() < 20
 
 
+# Colours by matrices.
+
+
+def test_affine_colours_are_the_matrices_applied_to_the_crops(
+    picture: Picture, encode: Encode
+) -> None:
+    images = [encode(picture(50 + k, 60, k), "JPEG") for k in range(12)]
+    params = drawn(images)
+    affine = replace(POLICY, colour_model="affine", blur_prob=0)
+    plain = [replace(p, blur_N=np.zeros(12, bool)) for p in params]
+    views, exact = Dali([affine, POLICY], CPU, 1)(images, plain)
+    assert torch.equal(exact, Dali([POLICY, POLICY], CPU, 1)(images, plain)[1])
+    no = np.zeros(12, bool)
+    (crops,) = Dali([POLICY], CPU, 1)(images, [replace(plain[0], jitter_N=no, gray_N=no)])
+    a_N33, b_N33 = matrices(params[0])
+    levels = crops.numpy().astype(float)
+    expected = np.einsum("nij,nhwj->nhwi", a_N33, levels)
+    expected += np.einsum("nij,nj->ni", b_N33, levels.mean((1, 2)))[:, None, None]
+    expected = expected.round().clip(0, 255)
+    assert np.abs(views.numpy() - expected).max() <= 1
+    assert (views.numpy() != expected).mean() < 0.001
+    assert np.abs(crops.numpy() - expected).mean() > 10, "no colour was changed"
+
+
+def test_affine_views_are_blurred_as_others_are(picture: Picture, encode: Encode) -> None:
+    images = [encode(picture(60, 60, k), "JPEG") for k in range(6)]
+    affine = replace(POLICY, colour_model="affine")
+    no = np.zeros(6, bool)
+    params = [replace(p, jitter_N=no, gray_N=no) for p in drawn(images)]
+    assert params[0].blur_N.any()
+    assert torch.equal(
+        Dali([affine, affine], CPU, 1)(images, params),
+        Dali([POLICY, POLICY], CPU, 1)(images, params),
+    )
+
+
+@pytest.mark.parametrize("name", BACKENDS.keys() - {"dali"})
+def test_other_backends_refuse_affine_colours(name: str) -> None:
+    with pytest.raises(ConfigError, match="colour_model"):
+        BACKENDS[name]([POLICY, replace(POLICY, colour_model="affine")], CPU, 1)
+
+
+def test_an_unknown_colour_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'linear': choose exact or affine"):
+        replace(POLICY, colour_model="linear")  # pyright: ignore[reportArgumentType]
+
+
 # Without DALI, and without a GPU.
 
 
@@ -284,7 +333,7 @@ def described(device: str) -> dict[str, tuple[str, list[str]]]:
     """Operator, inputs and arguments of what DALI was told, by output; nothing is built."""
     pipeline = Pipeline(4, 1, device_id=0 if device == "gpu" else None)
     with pipeline:
-        waiting = [view.source for view in graph(device, 3, 64, (3000, 4000))]
+        waiting = [view.source for view in graph(device, [False, False, True], 64, (3000, 4000))]
     found = {}
     while waiting:
         operator = waiting.pop()
@@ -300,7 +349,7 @@ def described(device: str) -> dict[str, tuple[str, list[str]]]:
 def test_one_graph_for_both_devices() -> None:
     """DALI checks names and devices of operators when they are named, without a GPU."""
     host, card = described("cpu"), described("gpu")
-    assert len(host) == len(card) == 1 + 1 + 3 * (2 + 4)
+    assert len(host) == len(card) == 1 + 1 + 3 * (2 + 4) + 7  # the last: those of the affine view
     as_on_host = {
         name.replace("_gpu", "_cpu"): repr(op).replace("gpu", "cpu").replace("mixed", "cpu")
         for name, op in card.items()
@@ -322,16 +371,11 @@ def test_the_gpu_decodes_once_and_stays_there() -> None:
         "host_memory_padding: 48000000",
     } <= set(decoders[0])
     for kind, args in card.values():
-        if kind in ("OpSpec for Slice:", "OpSpec for Resize:"):
+        if "ExternalSource" not in kind and "Image" not in kind:
             assert "device: gpu" in args
     # What lies on the host are the inputs alone, and no image is among them but the encoded one.
-    assert {name.rstrip("012_cpu") for name in card if name.endswith("_cpu")} == {
-        "encoded",
-        "start",
-        "shape",
-        "first",
-        "last",
-    }
+    inputs = {name.removesuffix("_cpu").rstrip("012") for name in card if name.endswith("_cpu")}
+    assert inputs == {"encoded", "start", "shape", "first", "last", "A", "B"}
 
 
 def test_on_a_gpu_torchs_stream_waits_and_the_colours_stay_there(
