@@ -24,8 +24,9 @@ from rich.progress import track
 from fastclr.facts import now
 from fastclr.files import write_durably
 from fastclr.kernels import lars, nt_xent
+from pipelines import kernels_triton
 
-MODULES = (nt_xent, lars)  # of kernels; each has configurations()
+MODULES = (nt_xent, lars, kernels_triton)  # of kernels; each has configurations()
 HEADER = (
     *("kernel", "columns", "tile", "warps", "stages", "chip", "registers", "stack, B"),
     *("shared, KiB", "tensor core", "exp per element", "async copies", "verdict"),
@@ -45,11 +46,13 @@ def examine(job: tuple[str, int]) -> dict[str, Any]:
     configuration = next(c for c in configurations() if c.name == name)
     program = aot.read(aot.build(configuration, chip))
     sizes, hot = configuration.constexprs, program.hot
-    tile = [sizes[k] for k in ("ROWS", "KEYS", "CHUNK", "AT_ONCE") if k in sizes]
-    exps = hot.get("MUFU.EX2", 0) * 32 * configuration.num_warps / math.prod(tile)
+    tile = [sizes[k] for k in ("ROWS", "KEYS", "CHUNK", "BLOCK", "ACROSS", "AT_ONCE") if k in sizes]
+    exps = 0.0
+    if "D" in sizes:
+        exps = hot.get("MUFU.EX2", 0) * 32 * configuration.num_warps / math.prod(tile)
     row = {
         "kernel": name,
-        "columns": sizes.get("D"),  # of matrices; LARS has none
+        "columns": sizes.get("D"),  # of matrices; others have none
         "tile": tile,
         "warps": configuration.num_warps,
         "stages": configuration.num_stages,

@@ -24,10 +24,11 @@ tested on the CPU.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +39,6 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
-from pipelines.augment_kornia import finish
 from pipelines.colour_affine import matrices
 from pipelines.decode import MAX_PIXELS, DamagedImage, DamagedImages, Pixels, check_image, decode
 from pipelines.policy import SimCLRPolicy, ViewParams
@@ -71,6 +71,7 @@ class Dali:
     ) -> None:
         self._policies, self._device, self._num_threads = policies, device, num_threads
         self._affine = [policy.colour_model == "affine" for policy in policies]
+        self._finish = _finisher(device)
         self._lock = threading.Lock()
         self._pipeline: Pipeline | None = None
 
@@ -95,7 +96,7 @@ class Dali:
             crops = self._crops(sources, params)
         done = [_without_colours(p) if a else p for p, a in zip(params, self._affine, strict=True)]
         triples = zip(crops, done, self._policies, strict=True)
-        return torch.stack([finish(crop_NHWC, p, policy) for crop_NHWC, p, policy in triples])
+        return torch.stack([self._finish(crop_NHWC, p, policy) for crop_NHWC, p, policy in triples])
 
     def _crops(self, sources: list[bytes], params: Sequence[ViewParams]) -> list[torch.Tensor]:
         """Run the graph: uint8 (n, size, size, 3) for each view, on the device."""
@@ -209,6 +210,18 @@ def numbers(params: Sequence[ViewParams], affine: Sequence[bool]) -> dict[str, A
         if affine[view]:
             feeds[f"A{view}"], feeds[f"B{view}"] = matrices(p)
     return feeds
+
+
+def _finisher(device: torch.device) -> Callable[..., torch.Tensor]:
+    """Return what makes views of crops: the fused kernels on CUDA, where Triton is installed."""
+    if device.type == "cuda":
+        with contextlib.suppress(ModuleNotFoundError):
+            from pipelines.augment_triton import colour_and_blur
+
+            return colour_and_blur
+    from pipelines.augment_kornia import finish
+
+    return finish
 
 
 def _without_colours(params: ViewParams) -> ViewParams:

@@ -105,5 +105,22 @@ def _reference(policies: Sequence[SimCLRPolicy], device: torch.device, num_threa
     return ViewByView(augment, policies, device, chunk=16)
 
 
+def _triton(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
+    _exact_colours("triton", policies)
+    try:
+        from pipelines.augment_triton import Triton
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"backend 'triton' needs a package that is not here ({error}): torch brings it "
+            "on Linux, with CUDA. Choose another backend."
+        ) from error
+    return Triton(policies, device)
+
+
 # Each imports its packages when it is chosen: they need not be installed to use another.
-BACKENDS: dict[str, Make] = {"kornia": _kornia, "dali": _dali, "reference": _reference}
+BACKENDS: dict[str, Make] = {
+    "kornia": _kornia,
+    "dali": _dali,
+    "reference": _reference,
+    "triton": _triton,
+}

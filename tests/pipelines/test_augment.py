@@ -7,7 +7,7 @@ comes from sums that end near .5 before a rounding to 8 bit; the jitter can enla
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import Image
 from torchvision.transforms import functional as pil_ops
 from torchvision.transforms.v2 import functional as tensor_ops
 
+from pipelines import kernels_triton
 from pipelines.augment_reference import augment as reference
 from pipelines.backends import BACKENDS, Augment
 from pipelines.decode import Pixels
@@ -26,6 +27,15 @@ from pipelines.policy import SimCLRPolicy, ViewParams
 
 CPU = torch.device("cpu")
 Picture = Callable[..., Pixels]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def large_tiles() -> Iterator[None]:
+    """Interpreted, an operation costs the same on any tile; tests/kernels has the real ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        if kernels_triton.interpreted():
+            patch.setattr(kernels_triton, "TILE", {"ROWS": 128, "ACROSS": 512, "AT_ONCE": 64})
+        yield
 
 
 def one_view(name: str) -> Augment:
