@@ -24,7 +24,6 @@ tested on the CPU.
 
 from __future__ import annotations
 
-import contextlib
 import struct
 import threading
 import warnings
@@ -71,7 +70,7 @@ class Dali:
     ) -> None:
         self._policies, self._device, self._num_threads = policies, device, num_threads
         self._affine = [policy.colour_model == "affine" for policy in policies]
-        self._finish = _finisher(device)
+        self._finish: Finish = _finisher(device)
         self._lock = threading.Lock()
         self._pipeline: Pipeline | None = None
 
@@ -212,16 +211,29 @@ def numbers(params: Sequence[ViewParams], affine: Sequence[bool]) -> dict[str, A
     return feeds
 
 
-def _finisher(device: torch.device) -> Callable[..., torch.Tensor]:
-    """Return what makes views of crops: the fused kernels on CUDA, where Triton is installed."""
-    if device.type == "cuda":
-        with contextlib.suppress(ModuleNotFoundError):
-            from pipelines.augment_triton import colour_and_blur
+Finish = Callable[[torch.Tensor, ViewParams, SimCLRPolicy], torch.Tensor]
 
-            return colour_and_blur
-    from pipelines.augment_kornia import finish
 
-    return finish
+def _finisher(device: torch.device) -> Finish:
+    """Return what makes views of crops where they lie; each imports its packages when chosen."""
+    if device.type == "cpu":
+        from pipelines.blur_numba import blur
+        from pipelines.colour_numba import colour
+
+        def finish(
+            crop_NHWC: torch.Tensor, params: ViewParams, policy: SimCLRPolicy
+        ) -> torch.Tensor:
+            views_NHWC = np.empty(crop_NHWC.shape, np.uint8)
+            colour(crop_NHWC.numpy(), params, views_NHWC)
+            blur(views_NHWC, params, policy.blur_taps)
+            return torch.from_numpy(views_NHWC)
+
+        return finish
+    try:
+        from pipelines.augment_triton import colour_and_blur
+    except ModuleNotFoundError:  # torch brings Triton on Linux only
+        from pipelines.augment_kornia import finish as colour_and_blur
+    return colour_and_blur
 
 
 def _without_colours(params: ViewParams) -> ViewParams:

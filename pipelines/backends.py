@@ -36,7 +36,7 @@ class Backend(Protocol):
             params: Numbers of n views, for each of V views.
 
         Returns:
-            uint8 (V, n, size, size, 3), on the back-end's device.
+            uint8 (V, n, size, size, 3), on the device that the work is done on.
 
         Raises:
             DamagedImages: If encoded images do not decode; names all of them.
@@ -117,10 +117,29 @@ def _triton(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads:
     return Triton(policies, device)
 
 
+def _threads(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
+    _exact_colours("threads", policies)
+    from pipelines.augment_threads import Threads
+
+    return Threads(policies)
+
+
 # Each imports its packages when it is chosen: they need not be installed to use another.
 BACKENDS: dict[str, Make] = {
+    "threads": _threads,
     "kornia": _kornia,
     "dali": _dali,
-    "reference": _reference,
     "triton": _triton,
+    "reference": _reference,
+}
+
+# How far whole views may lie from the reference's: mean and largest difference in levels of 0..255.
+# What is left comes from sums that end near .5 before a rounding to 8 bit; a jitter can enlarge it.
+# DALI's resize neither rounds nor clips between its passes, and beyond the border of a crop it
+# repeats the last pixel where Pillow sees nothing.
+TOLERANCE: dict[str, tuple[float, float]] = {
+    "threads": (0.008, 4),
+    "kornia": (0.008, 4),
+    "dali": (0.6, 16),
+    "triton": (0.008, 4),
 }

@@ -15,15 +15,13 @@ cannot be written in the user's cache; where neither can, every process compiles
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import boolean, float32, njit, types, uint8
-from numba.extending import intrinsic
 
 from pipelines.policy import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
+from pipelines.vectors import compiled, fma
 
 TILE = 1024  # pixels: three planes of float32 are 12 KiB
 
@@ -35,25 +33,6 @@ _SIXTH, _LEVELS, _LEVEL = np.float32(1 / 6), np.float32(255), np.float32(1 / 255
 _TINY = np.float32(1e-30)
 
 
-def compiled(signature: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile at once, for one signature; keep the result on disk where there is a place."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(signature, cache=True, **options)(function)
-    except RuntimeError:  # neither __pycache__ nor the user's cache can be written
-        return njit(signature, **options)(function)
-
-
-@intrinsic
-def _fma(context, a, b, c):  # pyright: ignore[reportUnusedParameter]
-    """Compute a * b + c in one rounding."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.fma(*arguments)
-
-    return a(a, b, c), generate
-
-
 @njit(inline="always")
 def _clip(x):
     return min(max(x, _ZERO), _ONE)
@@ -61,7 +40,7 @@ def _clip(x):
 
 @njit(inline="always")
 def _gray(r, g, b):
-    return _fma(b, _BLUE, _fma(g, _GREEN, r * _RED))
+    return fma(b, _BLUE, fma(g, _GREEN, r * _RED))
 
 
 # Bytes are taken apart and put together by themselves: such loops become shuffles of vectors.
@@ -89,7 +68,7 @@ def _from_levels(levels, n, x):
     for j in range(n):
         level = _f32(levels[j])
         quotient = level * _LEVEL
-        x[j] = _fma(_fma(-quotient, _LEVELS, level), _LEVEL, quotient)
+        x[j] = fma(fma(-quotient, _LEVELS, level), _LEVEL, quotient)
 
 
 @njit
@@ -141,9 +120,9 @@ def _blend_with_gray(r, g, b, n, factor):
     rest = _ONE - factor
     for j in range(n):
         gray = _gray(r[j], g[j], b[j])
-        r[j] = _clip(_fma(gray, rest, r[j] * factor))
-        g[j] = _clip(_fma(gray, rest, g[j] * factor))
-        b[j] = _clip(_fma(gray, rest, b[j] * factor))
+        r[j] = _clip(fma(gray, rest, r[j] * factor))
+        g[j] = _clip(fma(gray, rest, g[j] * factor))
+        b[j] = _clip(fma(gray, rest, b[j] * factor))
 
 
 @njit
