@@ -93,9 +93,13 @@ class Dali:
             sources = each(lambda image: as_pnm(decode(image)), images)
             warnings.warn(f"DALI refused a batch, which Pillow decodes: {error}", stacklevel=2)
             crops = self._crops(sources, params)
-        done = [_without_colours(p) if a else p for p, a in zip(params, self._affine, strict=True)]
-        triples = zip(crops, done, self._policies, strict=True)
-        return torch.stack([self._finish(crop_NHWC, p, policy) for crop_NHWC, p, policy in triples])
+        views_VNHWC = torch.empty(
+            len(params), *crops[0].shape, dtype=torch.uint8, device=self._device
+        )
+        for view, (crop_NHWC, policy) in enumerate(zip(crops, self._policies, strict=True)):
+            p = _without_colours(params[view]) if self._affine[view] else params[view]
+            self._finish(crop_NHWC, p, policy, views_VNHWC[view])
+        return views_VNHWC
 
     def _crops(self, sources: list[bytes], params: Sequence[ViewParams]) -> list[torch.Tensor]:
         """Run the graph: uint8 (n, size, size, 3) for each view, on the device."""
@@ -211,7 +215,7 @@ def numbers(params: Sequence[ViewParams], affine: Sequence[bool]) -> dict[str, A
     return feeds
 
 
-Finish = Callable[[torch.Tensor, ViewParams, SimCLRPolicy], torch.Tensor]
+Finish = Callable[[torch.Tensor, ViewParams, SimCLRPolicy, torch.Tensor], object]
 
 
 def _finisher(device: torch.device) -> Finish:
@@ -221,19 +225,17 @@ def _finisher(device: torch.device) -> Finish:
         from pipelines.colour_numba import colour
 
         def finish(
-            crop_NHWC: torch.Tensor, params: ViewParams, policy: SimCLRPolicy
-        ) -> torch.Tensor:
-            views_NHWC = np.empty(crop_NHWC.shape, np.uint8)
-            colour(crop_NHWC.numpy(), params, views_NHWC)
-            blur(views_NHWC, params, policy.blur_taps)
-            return torch.from_numpy(views_NHWC)
+            crop: torch.Tensor, params: ViewParams, policy: SimCLRPolicy, out: torch.Tensor
+        ) -> None:
+            colour(crop.numpy(), params, out.numpy())
+            blur(out.numpy(), params, policy.blur_taps)
 
         return finish
     try:
         from pipelines.augment_triton import colour_and_blur
     except ModuleNotFoundError:  # torch brings Triton on Linux only
         from pipelines.augment_kornia import finish as colour_and_blur
-    return colour_and_blur
+    return lambda crop, params, policy, out: out.copy_(colour_and_blur(crop, params, policy))
 
 
 def _without_colours(params: ViewParams) -> ViewParams:
