@@ -93,9 +93,7 @@ class Dali:
             sources = each(lambda image: as_pnm(decode(image)), images)
             warnings.warn(f"DALI refused a batch, which Pillow decodes: {error}", stacklevel=2)
             crops = self._crops(sources, params)
-        views_VNHWC = torch.empty(
-            len(params), *crops[0].shape, dtype=torch.uint8, device=self._device
-        )
+        views_VNHWC = crops[0].new_empty(len(crops), *crops[0].shape)
         for view, (crop_NHWC, policy) in enumerate(zip(crops, self._policies, strict=True)):
             p = _without_colours(params[view]) if self._affine[view] else params[view]
             self._finish(crop_NHWC, p, policy, views_VNHWC[view])
