@@ -21,7 +21,7 @@ from numba import boolean, float32, int64, njit, types, uint8
 from pipelines.policy import ViewParams
 from pipelines.vectors import BLOCK, blur_across_block, blur_down_block, compiled
 
-REACH = 3.5  # of the taps, in sigmas
+REACH = 4.0  # of the taps, in sigmas
 
 
 @njit

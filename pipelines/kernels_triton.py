@@ -36,7 +36,7 @@ FACTOR, SIGMA = map(tl.constexpr, (16, 20))
 COLUMNS = tl.constexpr(24)
 
 # A tile of resize and blur: rows, levels across, source rows at a time.
-TILE = {"ROWS": 32, "ACROSS": 128, "AT_ONCE": 16}
+TILE = {"ROWS": 32, "ACROSS": 64, "AT_ONCE": 16}
 BLOCK = 1024  # pixels of a program of the others
 NUM_WARPS = 4
 OUTPUTS = {torch.uint8: "*u8", torch.bfloat16: "*bf16"}
