@@ -223,9 +223,12 @@ def test_batches_of_any_length_from_several_threads(
     backend: Dali, batches: list[tuple[list[bytes], list[ViewParams]]]
 ) -> None:
     expected = [Dali([POLICY, POLICY], CPU, 1)(*batch) for batch in batches]
+    built, build = [], backend._build
+    backend._build = lambda sources: built.append(len(sources)) or build(sources)
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda k: backend(*batches[k % 5]), range(40)))
     assert all(torch.equal(views, expected[k % 5]) for k, views in enumerate(made))
+    assert built == sorted(set(built)), "one pipeline, which grows"
 
 
 def test_views_of_two_policies(picture: Picture, encode: Encode) -> None:
