@@ -33,7 +33,12 @@ from pipelines.photos import PHOTOS, load_photo, write_photo_tiles
 from pipelines.writer import write_shards
 
 RESULTS = Path(__file__).with_name("results") / "data_plane.jsonl"
-TARGETS = {"224-jpeg threads": 5, "32-png threads": 14, "32-png threads, decoded in memory": 25}
+TARGETS = {
+    "224-jpeg threads": 5,
+    "224-jpeg dali": 4,
+    "32-png threads": 14,
+    "32-png threads, decoded in memory": 25,
+}
 TILES = 24  # of each photograph, 224 pixels a side
 
 Batches = Callable[[], Iterator[int]]
@@ -170,6 +175,7 @@ def measure(name: str, case: Case, num_images: int, rounds: int, num_threads: in
     rows: dict[str, tuple[Batches, float]] = {
         "lightly, DataLoader": (lightly(case, num_threads), 0.1),
         "threads": (ours(case, num_threads, "threads"), 1),
+        "dali": (ours(case, num_threads, "dali"), 1),
         "threads, decoded in memory": (
             ours(case, num_threads, "threads", Decoded(case.shards)), 1,
         ),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastclr.config import ConfigError
 from fastclr.verify.case import Case
 from fastclr.verify.data import SEED, Images
 from fastclr.verify.rows import Row, compared
@@ -131,7 +132,7 @@ def measure_views(case: Case) -> dict[str, Any]:
     for name in BACKENDS.keys() - {"reference"}:
         try:
             backend = BACKENDS[name]([policy] * 2, case.device, 1)
-        except ImportError as error:
+        except (ImportError, ConfigError) as error:
             found[f"absent {name}"] = str(error)
             continue
         source = [images.read(i) for i in range(VIEWS)] if backend.takes_bytes else pixels
