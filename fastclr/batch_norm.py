@@ -1,4 +1,4 @@
-"""BatchNorm over the rows of all ranks, on devices where torch's SyncBatchNorm cannot be.
+"""BatchNorm over the rows of all ranks, on any device; and a model without any.
 
 SimCLR needs global statistics: those of one rank tell which rows belong together, and the model
 learns that leak instead of the images (Chen et al. 2020, section 2.2).
@@ -98,9 +98,7 @@ class GlobalBatchNorm(_BatchNorm):
             self._remember(*moments)
         else:
             y = super().forward(input)
-        for after in ("drop", "act"):  # of timm's BatchNormAct2d and its like
-            y = getattr(self, after)(y) if hasattr(self, after) else y
-        return y
+        return _activated(self, y)
 
     @torch.no_grad()
     def _remember(self, mean_C: torch.Tensor, unbiased_C: torch.Tensor) -> None:
@@ -112,6 +110,20 @@ class GlobalBatchNorm(_BatchNorm):
         factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), factor)
         self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), factor)
+
+
+class _GroupNorm(nn.GroupNorm):
+    """GroupNorm, and then what timm's norm layers do besides."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _activated(self, super().forward(input))
+
+
+def _activated(norm: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    """Apply the dropout and activation that timm's BatchNormAct2d and its like carry."""
+    for after in ("drop", "act"):
+        y = getattr(norm, after)(y) if hasattr(norm, after) else y
+    return y
 
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -138,12 +150,51 @@ def share_statistics(module: nn.Module, device: torch.device | None = None) -> n
     if device is not None and device.type == "cuda" and all(type(m) in _PLAIN for _, m in norms):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, norm in norms:
-        known = type(norm) in (*_PLAIN, GlobalBatchNorm)
-        if not known and not (hasattr(norm, "drop") and hasattr(norm, "act")):
-            raise TypeError(
-                f"{name} is a {type(norm).__name__}: what it computes besides BatchNorm is not "
-                "known, so its statistics cannot be shared over ranks. Use torch's BatchNorm, or "
-                "train with local statistics."
-            )
+        _check_known(name, norm)
         norm.__class__ = GlobalBatchNorm
     return module
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether there is a BatchNorm in a module."""
+    return any(isinstance(m, _BatchNorm) for m in module.modules())
+
+
+def without_batch_norm(module: nn.Module) -> nn.Module:
+    """Put GroupNorm (Wu and He 2018) in the place of every BatchNorm.
+
+    No row's output then depends on another row: nothing leaks from row to row, no rank waits for
+    another, gradient caching is exact, and 16 bit works. Names, scales and offsets stay. There are
+    as many groups as divide the channels, at most 32.
+
+    Args:
+        module: Changed in place; no BatchNorm itself.
+
+    Raises:
+        TypeError: If a BatchNorm computes something else than torch's or timm's.
+    """
+    for parent_name, parent in list(module.named_modules()):
+        for name, norm in list(parent.named_children()):
+            if not isinstance(norm, _BatchNorm):
+                continue
+            _check_known(f"{parent_name}.{name}".lstrip("."), norm)
+            channels = norm.num_features
+            groups = max(g for g in range(1, 33) if channels % g == 0)
+            new = _GroupNorm(groups, channels, eps=norm.eps, affine=norm.affine)
+            new.weight, new.bias = norm.weight, norm.bias
+            for after in ("drop", "act"):
+                if hasattr(norm, after):
+                    setattr(new, after, getattr(norm, after))
+            setattr(parent, name, new)
+    return module
+
+
+def _check_known(name: str, norm: nn.Module) -> None:
+    """Raise TypeError for a BatchNorm that does what is not known here."""
+    known = type(norm) in (*_PLAIN, GlobalBatchNorm)
+    if not known and not (hasattr(norm, "drop") and hasattr(norm, "act")):
+        raise TypeError(
+            f"{name} is a {type(norm).__name__}: what it computes besides BatchNorm is not "
+            "known, so its statistics cannot be shared over ranks, nor can it be replaced. Use "
+            "torch's BatchNorm, or train with local statistics."
+        )

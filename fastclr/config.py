@@ -261,7 +261,8 @@ class Config:
         optimizer: Optimizer and schedule.
         evaluation: Online evaluation.
         faults: What is done when something goes wrong.
-        batch_norm: Statistics over all ranks, or local to each, which leaks the positives.
+        batch_norm: Statistics over all ranks, or local to each, which leaks the positives; or
+            ``none``: GroupNorm in the place of every BatchNorm.
         compile: Compile encoder and head with ``torch.compile``.
         run_dir: Folder of this run; a checkpoint in it is gone on from.
         start_from: Checkpoint of another run, a folder, that a new run goes on from.
@@ -286,7 +287,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
-    batch_norm: Literal["global", "local"] = "global"
+    batch_norm: Literal["global", "local", "none"] = "global"
     compile: bool = False
     run_dir: str = ""
     start_from: str = ""

@@ -13,10 +13,11 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import nn
 
-from fastclr.batch_norm import share_statistics
+from fastclr.batch_norm import has_batch_norm, share_statistics
 from fastclr.config import ConfigError
 from fastclr.ds_config import JSON, engine_problems
 from fastclr.optim import LARS, parameter_groups
+from fastclr.rendezvous import init_process_group
 from fastclr.world import World
 
 logger = logging.getLogger(__name__)
@@ -59,12 +60,11 @@ def problems(
     if name == "Lamb" and device_of(world).type == "cpu":
         found.append("Lamb runs on CUDA only: DeepSpeed has no kernel of it for the CPU.")
     half = [k for k in ("bf16", "bfloat16", "fp16") if ds.get(k, {}).get("enabled")]
-    if half and _has_batch_norm(model):
+    if half and has_batch_norm(model):
         found.append(
             f"{half[0]} with BatchNorm is refused: DeepSpeed casts its weights and not its "
             "running statistics, and torch does not mix them. Use torch_autocast in the JSON "
-            '({"torch_autocast": {"enabled": true, "dtype": "bfloat16"}}), or an encoder and a '
-            "head without BatchNorm."
+            '({"torch_autocast": {"enabled": true, "dtype": "bfloat16"}}), or --batch-norm none.'
         )
     return found
 
@@ -101,7 +101,7 @@ def start(
     ds.setdefault("steps_per_print", 10**9)
     ds.setdefault("gradient_clipping", 0.0)  # since 0.19 DeepSpeed clips at norm 1 unless told
     _init_distributed(world, device, timedelta(seconds=timeout_seconds))
-    if world.num_ranks > 1 and _has_batch_norm(model):
+    if world.num_ranks > 1 and has_batch_norm(model):
         model = _share_batch_norm(model, device, world, global_batch_norm)
     decay = ds.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
     groups: Any = None if optimizer else parameter_groups(model, decay)
@@ -118,13 +118,11 @@ def start(
         # Not before initialize, whose broadcast refuses such weights, and not where DeepSpeed
         # wraps the optimizer: the weights are then views of flat buffers.
         engine.module.to(memory_format=torch.channels_last)
+        # A rank alone has nobody to average with; DeepSpeed would copy every gradient twice.
+        engine.enable_backward_allreduce = world.num_ranks > 1
     for group in engine.optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return engine
-
-
-def _has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
 def _share_batch_norm(
@@ -157,6 +155,8 @@ def _init_distributed(world: World, device: torch.device, timeout: timedelta) ->
             LOCAL_RANK=str(world.local_rank),
             WORLD_SIZE=str(world.num_ranks),
         )
+    if not torch.distributed.is_initialized():
+        init_process_group(backend, timeout)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastclr import encoders, heads
+from fastclr.batch_norm import without_batch_norm
 from fastclr.config import Config
 
 
@@ -45,7 +46,10 @@ class SimCLR(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             encoder = encoders.from_config(config.encoder)
-            return cls(encoder, heads.from_config(config.head, encoder.feature_dim))
+            model = cls(encoder, heads.from_config(config.head, encoder.feature_dim))
+        if config.batch_norm == "none":
+            without_batch_norm(model)
+        return model
 
     def forward(self, views_VBCHW: torch.Tensor) -> Output:
         """Project uint8 views; 0..255 becomes 0..1 and nothing else, as in the authors' code."""

@@ -23,6 +23,7 @@ from torch import nn
 
 from fastclr import checkpointing, collectives, engine
 from fastclr.batch import Batch
+from fastclr.batch_norm import has_batch_norm
 from fastclr.checkpointing import Retention
 from fastclr.clock import Clock
 from fastclr.config import ConfigError, FaultsConfig, raise_all
@@ -56,7 +57,8 @@ class Trainer:
         optimizer: Optimizer object; None if the JSON describes one. Its rates are the peak.
         warmup_epochs: Epochs over which the rate rises from 0.
         schedule: What follows; ``none`` where the JSON has a scheduler.
-        batch_norm: Statistics of all ranks or of each alone, which leaks the positives.
+        batch_norm: Statistics of all ranks or of each alone, which leaks the positives; ``none``
+            for a model that must not have any.
         seed: Seed of dropout and the like; a function of it, the step and the rank.
         world: Which rank of how many; None for what the launcher says.
         log_every: Steps between log rows.
@@ -80,7 +82,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer | None = None,
         warmup_epochs: float = 10.0,
         schedule: ScheduleKind = "cosine",
-        batch_norm: Literal["global", "local"] = "global",
+        batch_norm: Literal["global", "local", "none"] = "global",
         seed: int = 0,
         world: World | None = None,
         log_every: int = 10,
@@ -326,7 +328,13 @@ class Trainer:
                 the evaluation cannot be scored.
         """
         images = loader.micro_batch_size
-        raise_all(engine.problems(self.model, self.optimizer, self.ds_config, images, self.world))
+        found = engine.problems(self.model, self.optimizer, self.ds_config, images, self.world)
+        if self.batch_norm == "none" and has_batch_norm(self.model):
+            found.append(
+                "batch_norm is none and the model has BatchNorm: replace it with "
+                "fastclr.batch_norm.without_batch_norm(model), or choose global."
+            )
+        raise_all(found)
         if self.evaluation:
             self.evaluation.check()
 

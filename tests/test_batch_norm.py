@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
-from fastclr.batch_norm import GlobalBatchNorm, share_statistics
+from fastclr import encoders, heads
+from fastclr.batch_norm import (
+    GlobalBatchNorm,
+    has_batch_norm,
+    share_statistics,
+    without_batch_norm,
+)
+from fastclr.config import Config, EncoderConfig
+from fastclr.simclr import SimCLR
 
 SCRIPT = Path(__file__).with_name("batch_norm_ranks.py")
 
@@ -81,3 +91,42 @@ def test_rows_without_channels_are_refused():
     share_statistics(norm)
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         norm(torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", ["resnet10", "efficientnet_b0", "test_resnet"])
+def test_without_batch_norm_no_row_depends_on_another(name):
+    stem = "small" if name == "resnet10" else "imagenet"
+    encoder = encoders.create(name, width=0.25 if name == "resnet10" else 1.0, stem=stem)
+    head = heads.mlp(encoder.feature_dim, 24, 8)
+    before = {key: tuple(p.shape) for key, p in nn.Sequential(encoder, head).named_parameters()}
+    model = without_batch_norm(nn.Sequential(encoder, head)).double().train()
+    assert not has_batch_norm(model)
+    assert {key: tuple(p.shape) for key, p in model.named_parameters()} == before
+    torch.manual_seed(0)
+    for p in model.parameters():  # the last norm of a block may begin at 0
+        p.data.uniform_(-0.3, 0.4)
+    images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) or type(module).__name__ == "DropPath":
+            module.eval()
+    whole = model(images)
+    assert torch.allclose(whole[:2], model(images[:2]), atol=1e-12)
+    assert whole.std(0).min() > 0
+
+
+def test_the_activation_of_a_norm_stays():
+    norm = BatchNormAct2d(6)
+    norm.weight.data.uniform_(-1, 1)
+    (replaced,) = without_batch_norm(nn.Sequential(norm)).children()
+    x = torch.randn(5, 6, 3, 3)
+    expected = nn.functional.group_norm(x, 6, norm.weight, norm.bias, norm.eps).relu()
+    assert torch.equal(replaced(x), expected)
+    assert (expected == 0).any()
+
+
+def test_none_is_a_models_setting():
+    config = Config(
+        encoder=EncoderConfig("resnet10", 0.25, "small"), batch_norm="none", run_dir="x"
+    )
+    assert not has_batch_norm(SimCLR.from_config(config))
+    assert has_batch_norm(SimCLR.from_config(replace(config, batch_norm="global")))

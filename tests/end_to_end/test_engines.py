@@ -36,6 +36,10 @@ CASES = {
         {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}},
         NO_BATCH_NORM,
     ),
+    "bf16, stage 2, GroupNorm": (
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}},
+        "--batch-norm none",
+    ),
     "compiled": (
         {"zero_optimization": {"stage": 1}},
         "--compile --views.size 16 --head.depth 3 --encoder.name test_resnet --encoder.width 1 "

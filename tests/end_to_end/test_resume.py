@@ -82,7 +82,7 @@ def rank_process(process, rank):
     raise AssertionError(f"no process of rank {rank}")
 
 
-def test_a_launcher_passes_on_a_preemption_of_one_rank(commands, photos, tmp_path):
+def test_launchers_pass_on_a_preemption_and_restart_a_dead_rank(commands, photos, tmp_path):
     def train(run_dir):
         flags = (*SETTINGS, "--epochs", "2", "--checkpoint-every", "5")
         data = ("--data.train", photos.train, "--run-dir", run_dir)
@@ -97,7 +97,12 @@ def test_a_launcher_passes_on_a_preemption_of_one_rank(commands, photos, tmp_pat
     saved = json.loads((run_dir / "checkpoints/latest").read_text())
     assert saved < "step-0000040", "stopped too late to tell"
 
-    assert commands.run(*train(run_dir)).returncode == 0
+    command = train(run_dir)
+    start = ["torchrun", "--nproc-per-node", "2", "--max-restarts", "1"]
+    process = commands.start(*start, *command[command.index("fastclr/train.py") :])
+    wait_for(run_dir / f"checkpoints/step-{int(saved[5:]) + 5:07d}", process)
+    rank_process(process, 1).kill()
+    assert process.wait(180) == 0
     assert commands.losses(run_dir) == commands.losses(tmp_path / "whole")
 
 
