@@ -7,6 +7,7 @@ tests; not yet run on a GPU.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ from pipelines.policy import SimCLRPolicy, ViewParams
 _ALIGNMENT = 16  # bytes; a row of the table is a multiple of it
 # Taps further out weigh less than 4e-6 of the centre, together less than a hundredth of a level.
 _SIGMAS = 5.0
+
+
+# The interpreter exchanges the functions of triton.language while it runs: one thread at a time.
+_INTERPRETING = threading.Lock()
 
 
 @dataclass
@@ -45,7 +50,8 @@ class Triton:
         self, images: Sequence[Pixels] | Sequence[bytes], params: Sequence[ViewParams]
     ) -> torch.Tensor:
         """Make the views of n images."""
-        return augment(images, params, self.policies, self.device)  # pyright: ignore[reportArgumentType]
+        with _INTERPRETING if kernels.interpreted() else contextlib.nullcontext():
+            return augment(images, params, self.policies, self.device)  # pyright: ignore[reportArgumentType]
 
 
 def check_device(device: torch.device) -> None:

@@ -197,6 +197,7 @@ def _decode_plain_png(data: bytes, most_pixels: int) -> Pixels | None:
     if data[:8] != _PNG or data[12:16] != b"IHDR" or data[24:29] != _RGB_8:
         return None
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    _check_size(width, height)
     if not 0 < width * height <= most_pixels:
         return None
     try:
