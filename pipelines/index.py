@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -155,7 +156,7 @@ def header_problem(header: bytes, name: str, num_bytes: int) -> str:
     """
     encoded = name.encode("utf-8", "surrogateescape")
     found, size, checksum = header[:100].rstrip(b"\0"), header[124:136], header[148:156]
-    if _octal(checksum) != sum(header) - sum(checksum) + 8 * ord(" "):
+    if _octal(checksum) != _sum(header) - sum(checksum) + 8 * ord(" "):
         return "no tar header stands before it"
     # Longer and non-ASCII names stand in a header of their own, in forms that differ.
     if len(encoded) <= 100 and encoded.isascii() and found != encoded:
@@ -163,6 +164,12 @@ def header_problem(header: bytes, name: str, num_bytes: int) -> str:
     if _octal(size) != num_bytes:
         return f"it has {num_bytes} bytes, the tar says {_octal(size)}"
     return ""
+
+
+def _sum(header: bytes) -> int:
+    """Add up the bytes of a header; Adler-32's lower half does it in a tenth of the time of sum."""
+    halves = header[: BLOCK // 2], header[BLOCK // 2 :]  # below its modulus, whatever their bytes
+    return sum((zlib.adler32(half) & 0xFFFF) - 1 for half in halves)
 
 
 def _octal(digits: bytes) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +107,7 @@ class ShardSet:
         self._counts = storage.samples_of_shards
         self._ends = np.cumsum(self._counts)
         self._firsts = self._ends - self._counts
+        self._bounds: list[int] = self._ends.tolist()  # a list is searched faster for one sample
         most = max(MOST_SAMPLES, 2 * WINDOW * int(self._counts.max()))
         self._indexes: Kept[Index] = Kept(storage.index, most, len)
         self._files: Kept[_Descriptor] = Kept(lambda n: _Descriptor(storage.open(n)), MOST_FILES)
@@ -204,7 +206,10 @@ class ShardSet:
             ShardError: If the shard ends before it, or holds something else there.
         """
         number, row = self._find(sample_id)
-        index = self._indexes[number]
+        return self._read(sample_id, number, self._indexes[number], row)
+
+    def _read(self, sample_id: int, number: int, index: Index, row: int) -> bytes:
+        """Do :meth:`read`, once the sample is found."""
         offset, num_bytes = int(index.offset_N[row]), int(index.num_bytes_N[row])
         try:
             data = self._files[number].read(offset - BLOCK, BLOCK + num_bytes)
@@ -231,11 +236,12 @@ class ShardSet:
             ShardError: If it cannot be read.
         """
         number, row = self._find(sample_id)
+        index = self._indexes[number]
         try:
-            pixels = decode(self.read(sample_id))
+            pixels = decode(self._read(sample_id, number, index, row))
         except DamagedImage as error:
             raise DamagedSample(self.place(sample_id), error) from error
-        expected = tuple(self._indexes[number].size_N2[row].tolist())
+        expected = tuple(index.size_N2[row].tolist())
         if pixels.shape[:2] != expected:
             raise DamagedSample(
                 self.place(sample_id), f"is {pixels.shape[:2]} pixels, its index says {expected}"
@@ -264,8 +270,8 @@ class ShardSet:
         i = operator.index(sample_id)
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        number = int(np.searchsorted(self._ends, i, "right"))
-        return number, i - int(self._firsts[number])
+        number = bisect_right(self._bounds, i)
+        return number, i - (self._bounds[number - 1] if number else 0)
 
     def _by_shard(self, sample_ids: Int64) -> Iterator[tuple[Index, Int64, Int64]]:
         """Yield, for each shard of some samples: its index, their places here, their rows there."""

@@ -80,7 +80,8 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
     noise = {s: max(max(scores[b][s]) - min(scores[b][s]) for b in names) for s in SCORES}
     table = [
         f"Recipe `demo` for {epochs} epochs of {rows[0]['tiles']} tiles, {seeds} seeds; "
-        "mean accuracy on test tiles (lowest to highest). Seed noise, the widest range of any back-end: "
+        "mean accuracy on test tiles (lowest to highest). "
+        "Seed noise, the widest range of any back-end: "
         + ", ".join(f"{s.split('_')[0]} {100 * noise[s]:.1f}" for s in SCORES)
         + " points.",
         "",
