@@ -254,8 +254,16 @@ class Loader:
 
     @property
     def chunk(self) -> int:
-        """Images of a batch that one thread makes."""
-        return min(self._backend.chunk or self.micro_batch_size, self.micro_batch_size)
+        """Images of a batch that one thread makes.
+
+        What the back-end likes, or less where the batches ahead would be less than two chunks a
+        thread; all of the batch where the back-end makes it as a whole.
+        """
+        if self._backend.chunk is None:
+            return self.micro_batch_size
+        ahead = self.micro_batch_size * (self._prefetch + 1)
+        share = -(-ahead // (2 * self._num_threads))
+        return min(self._backend.chunk, self.micro_batch_size, share)
 
 
 class _Coming:

@@ -97,8 +97,8 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
         ]
         away = [100 * (means[s] - base[s]) for s in SCORES]
         within = all(abs(means[s] - base[s]) <= noise[s] for s in SCORES)
+        verdict = "one seed: not known" if seeds == 1 else "yes" if within else "NO"
         table.append(
-            f"| {b} | {cells[0]} | {cells[1]} | {away[0]:+.1f}, {away[1]:+.1f} | "
-            f"{'yes' if within else 'NO'} |"
+            f"| {b} | {cells[0]} | {cells[1]} | {away[0]:+.1f}, {away[1]:+.1f} | {verdict} |"
         )
     return table

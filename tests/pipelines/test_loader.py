@@ -514,3 +514,17 @@ def test_memory_is_bounded_by_the_prefetched_batches() -> None:
     time.sleep(0.3)
     assert len(images.reads) == 25, "more than four batches ahead"
     batches.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("threads", "prefetch", "chunk"), [(1, 0, 11), (2, 4, 21), (4, 1, 6), (64, 0, 1)]
+)
+def test_a_chunk_leaves_work_for_every_thread(
+    shard_set: ShardSet, threads: int, prefetch: int, chunk: int
+) -> None:
+    """Two chunks a thread are ahead, whatever the back-end would like; 21 images are in the set."""
+    loader = make_loader(
+        shard_set, [SimCLRPolicy(size=16)] * 2, micro_batch_size=21, backend="threads",
+        num_threads=threads, prefetch=prefetch, world=World(),
+    )  # fmt: skip
+    assert loader.chunk == chunk
