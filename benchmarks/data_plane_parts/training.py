@@ -83,7 +83,8 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
         "mean accuracy on test tiles (lowest to highest). "
         "Seed noise, the widest range of any back-end: "
         + ", ".join(f"{s.split('_')[0]} {100 * noise[s]:.1f}" for s in SCORES)
-        + " points.",
+        + " points."
+        + (" One seed tells of no noise." if seeds == 1 else ""),
         "",
         "| back-end | kNN, % | linear, % | from `reference`: kNN, linear | within seed noise |",
         "|---|--:|--:|--:|---|",
