@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,10 @@ from pipelines.decode import DamagedImage, Pixels, decode
 from pipelines.errors import ShardError
 from pipelines.index import BLOCK, Index, Kept, Sample, header_problem
 from pipelines.order import WINDOW, BlockOrder, Int64
-from pipelines.packed import FORMAT, MANIFEST, VERSION, LocalShards, RemoteShards
+from pipelines.packed import FORMAT, MANIFEST, VERSION, LocalShards
+
+if TYPE_CHECKING:
+    from pipelines.remote import Patience
 
 __all__ = [
     "FORMAT",
@@ -119,6 +122,7 @@ class ShardSet:
         cache_bytes: int = CACHE_BYTES,
         label_field: str | None = None,
         max_damaged: float = 0.01,
+        patience: Patience | None = None,
     ) -> ShardSet:
         """Open a set from its manifest alone, or shards that have none.
 
@@ -133,17 +137,22 @@ class ShardSet:
                 without it a ``.cls`` is the label.
             max_damaged: Share of samples in tars made by others that may be unusable: they are left
                 out with a warning.
+            patience: Time-outs of remote storage, :class:`pipelines.remote.Patience`.
 
         Raises:
             ShardError: If there is no shard set, or anything contradicts its manifest.
-            OSError: If a remote manifest cannot be fetched.
+            StorageError: If a remote manifest cannot be fetched, an OSError.
+            ConfigError: If a URL is refused, or the cache folder cannot be used.
         """
         text = str(path)
         if text.startswith("pipe:"):
             raise ConfigError(f"{text} is a command: fastclr runs none. Give a folder or a URL.")
         cache = Path(cache_dir) if cache_dir else user_cache()
         if "://" in text:
-            return cls(RemoteShards(text, cache, cache_bytes))
+            from pipelines import remote, remote_shards  # not needed for what is here
+
+            patience = patience or remote.Patience()
+            return cls(remote_shards.RemoteShards(text, cache, cache_bytes, patience))
         from pipelines import foreign  # not needed for our own
 
         if foreign.is_foreign(text):

@@ -10,12 +10,23 @@ from __future__ import annotations
 from pipelines.errors import ShardError
 from pipelines.remote.cache import ShardCache as ShardCache
 from pipelines.remote.download import DEFAULT, download
+from pipelines.remote.retries import NoSuchObject as NoSuchObject
 from pipelines.remote.retries import Patience as Patience
 from pipelines.remote.retries import StorageError as StorageError
 from pipelines.remote.urls import PROTOCOLS as PROTOCOLS
 from pipelines.remote.urls import redacted as redacted
+from pipelines.remote.urls import redacted_urls as redacted_urls
 
-__all__ = ["PROTOCOLS", "Patience", "ShardCache", "StorageError", "fetch", "redacted"]
+__all__ = [
+    "PROTOCOLS",
+    "NoSuchObject",
+    "Patience",
+    "ShardCache",
+    "StorageError",
+    "fetch",
+    "redacted",
+    "redacted_urls",
+]
 
 
 def fetch(
@@ -37,6 +48,7 @@ def fetch(
 
     Raises:
         StorageError: If it cannot be read in time.
+        NoSuchObject: If the storage says that it does not exist.
         ShardError: If it is larger, or not what length and hash say.
         ConfigError: If the URL is refused.
     """

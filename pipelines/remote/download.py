@@ -11,6 +11,8 @@ from pipelines.remote.retries import (
     Changed,
     Deadline,
     Final,
+    Missing,
+    NoSuchObject,
     Patience,
     StorageError,
     Wrong,
@@ -50,6 +52,7 @@ def download(
 
     Raises:
         StorageError: If it does not come in time, or the answer says that it never will.
+        NoSuchObject: If the answer is that it does not exist.
         ShardError: If what comes, several times, is not what is expected.
         ConfigError: If the URL is none that may be read.
     """
@@ -66,7 +69,8 @@ def download(
             read(url, transfer, deadline, patience)
             return
         except Final as error:
-            raise StorageError(_given_up(url, f"{error}", tries, deadline)) from None
+            kind = NoSuchObject if isinstance(error, Missing) else StorageError
+            raise kind(_given_up(url, f"{error}", tries, deadline)) from None
         except Again as error:
             last = error
         # A try that the deadline cut short says less than the one before it.

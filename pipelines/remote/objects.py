@@ -14,6 +14,7 @@ from pipelines.remote.retries import (
     Changed,
     Deadline,
     Final,
+    Missing,
     Patience,
     StorageError,
     refusal,
@@ -24,7 +25,7 @@ from pipelines.remote.urls import protocol_of, redacted_text
 BLOCK = 8 << 20  # bytes a request: few enough to come within read_seconds on a slow line
 
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
-_HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+_HOPELESS = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
 
 
@@ -134,6 +135,8 @@ def _meaning(error: Exception) -> Again | Final:
             return refusal(status, about.get("HTTPHeaders", {}).get("retry-after"))
         cause = cause.__cause__
     what = f"{type(error).__name__}: {redacted_text(str(error))}"
+    if isinstance(error, FileNotFoundError):
+        return Missing(what)
     if isinstance(error, _HOPELESS) or type(error).__name__ in _NO_CREDENTIALS:
         return Final(what)
     return Again(what)

@@ -38,9 +38,14 @@ def redacted(url: str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
+def redacted_urls(text: str) -> str:
+    """Return a text with the URLs in it redacted."""
+    return _URL_IN_TEXT.sub(lambda found: redacted(found[0]), text)
+
+
 def redacted_text(text: str) -> str:
     """Return another program's words, with the URLs in them redacted, on one short line."""
-    line = " ".join(_URL_IN_TEXT.sub(lambda found: redacted(found[0]), text).split())
+    line = " ".join(redacted_urls(text).split())
     return line if len(line) <= 200 else line[:200] + "..."
 
 
