@@ -188,6 +188,8 @@ def check_index(raw: bytes, shard: ShardEntry, num_classes: int, place: str) -> 
 class LocalShards:
     """A packed set in a folder; see :class:`~pipelines.shards.Storage`."""
 
+    has_hashes = True
+
     def __init__(self, folder: Path) -> None:
         self.path: Path | str = folder
         self.manifest = read_manifest(folder)

@@ -30,6 +30,8 @@ class RemoteShards:
         StorageError: If the manifest cannot be fetched in time.
     """
 
+    has_hashes = True
+
     def __init__(self, url: str, folder: Path, cache_bytes: int, patience: Patience) -> None:
         self._url = url
         self.path: Path | str = redacted(url.rstrip("/"))

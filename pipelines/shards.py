@@ -62,8 +62,10 @@ class Storage(Protocol):
         digest: Changes when any sample does.
         class_names: Names of the labels; empty without labels.
         samples_of_shards: int64 (S,), samples in each shard.
+        has_hashes: Whether :meth:`verify` has something to compare with.
     """
 
+    has_hashes: bool
     path: Path | str
     digest: str
     class_names: list[str]
@@ -100,11 +102,12 @@ class ShardSet:
         path: Its folder, pattern, or URL without secrets.
         class_names: Names of the labels; empty without labels.
         digest: sha256 of the manifest, which holds the sha256 of everything else.
+        has_hashes: Whether a manifest states each tar's sha256.
     """
 
     def __init__(self, storage: Storage) -> None:
         self.path, self.digest = storage.path, storage.digest
-        self.class_names = storage.class_names
+        self.class_names, self.has_hashes = storage.class_names, storage.has_hashes
         self._storage = storage
         self._counts = storage.samples_of_shards
         self._ends = np.cumsum(self._counts)
