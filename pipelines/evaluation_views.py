@@ -10,11 +10,11 @@ from PIL import Image
 
 from fastclr.world import World
 from pipelines.decode import Pixels
-from pipelines.shards import ShardSet
+from pipelines.image_set import ImageSet
 
 
 def evaluation_batches(
-    shard_set: ShardSet,
+    shard_set: ImageSet,
     size: int,
     batch_size: int = 256,
     world: World = World(),  # noqa: B008
@@ -41,7 +41,7 @@ def evaluation_batches(
     for first in range(start, stop, batch_size):
         sample_ids = range(first, min(first + batch_size, stop))
         images = np.stack([_centre(shard_set[i], size) for i in sample_ids])
-        labels = shard_set.label_N[first : sample_ids.stop]
+        labels = shard_set.labels(np.arange(first, sample_ids.stop))
         yield torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 

@@ -12,13 +12,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from fastclr.cli import guard
 
 
-def evaluate(run: Path, train: Path, test: Path) -> None:
+def evaluate(run: Path, train: str, test: str) -> None:
     """Linear probe and kNN of the trained encoder, the untrained one, and raw pixels.
 
     Args:
         run: Folder of a training run (its --run-dir).
-        train: Labelled shard set that the probes are fitted on.
-        test: Labelled shard set that they are scored on.
+        train: Labelled data set that the probes are fitted on: a folder, a URL, others' tars.
+        test: Labelled data set that they are scored on.
     """
     from fastclr import runs
 
