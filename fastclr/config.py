@@ -30,6 +30,9 @@ class ViewsConfig:
         grayscale_prob: Probability of dropping the colour.
         blur_prob: Probability of the Gaussian blur; 0 for CIFAR-10.
         blur_sigma: Range of the blur's standard deviation in pixels, drawn uniformly.
+        colour_model: ``exact``, the paper's colour jitter, or ``affine``: all of its steps as one
+            matrix, without clips between them, the hue as a rotation around the gray axis. Faster,
+            but other colours (4 levels of 255 on average); back-end ``dali`` only.
     """
 
     size: int = 224
@@ -41,6 +44,7 @@ class ViewsConfig:
     grayscale_prob: float = 0.2
     blur_prob: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    colour_model: Literal["exact", "affine"] = "exact"
 
     @property
     def blur_taps(self) -> int:
@@ -60,6 +64,8 @@ class ViewsConfig:
                 found.append(f"views.{name} is {low} {high}: give 0 < low <= high.")
         if self.crop_scale[1] > 1:
             found.append(f"views.crop_scale ends at {self.crop_scale[1]}: an area is at most 1.")
+        if self.colour_model not in ("exact", "affine"):
+            found.append(f"views.colour_model is {self.colour_model!r}: choose exact or affine.")
         if self.size < 8:
             found.append(f"views.size is {self.size}: views need at least 8 pixels a side.")
         if not 0 <= self.color_strength <= 2.5:

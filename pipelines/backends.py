@@ -37,10 +37,10 @@ class Backend(Protocol):
             params: Numbers of n views, for each of V views.
 
         Returns:
-            uint8 (V, n, size, size, 3), on the back-end's device.
+            uint8 (V, n, size, size, 3), on the device that the work is done on.
 
         Raises:
-            DamagedImage: If an encoded image does not decode.
+            DamagedImages: If encoded images do not decode; names all of them.
         """
         ...
 
@@ -70,20 +70,80 @@ class ViewByView:
 Make = Callable[[Sequence[SimCLRPolicy], torch.device, int], Backend]
 
 
+def _exact_colours(backend: str, policies: Sequence[SimCLRPolicy]) -> None:
+    """Refuse a policy whose colours the back-end does not make."""
+    if any(policy.colour_model != "exact" for policy in policies):
+        raise ConfigError(
+            f"backend {backend!r} makes exact colours only, views.colour_model asks for others: "
+            "set it to exact, or choose the back-end dali."
+        )
+
+
+def _dali(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
+    try:
+        from pipelines.augment_dali import Dali
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("nvidia"):
+            raise
+        raise ConfigError(
+            "backend 'dali' needs NVIDIA DALI, which is not installed: pip install 'fastclr[dali]' "
+            "(CUDA 13) or 'fastclr[dali-cuda12]', or choose another back-end."
+        ) from error
+    return Dali(policies, device, num_threads)
+
+
 def _kornia(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
+    _exact_colours("kornia", policies)
     from pipelines.augment_kornia import augment
 
     return ViewByView(augment, policies, device)
 
 
 def _reference(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
+    _exact_colours("reference", policies)
     from pipelines.augment_reference import augment
 
     return ViewByView(augment, policies, device, chunk=16)
 
 
+def _triton(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
+    _exact_colours("triton", policies)
+    try:
+        from pipelines.augment_triton import Triton
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"backend 'triton' needs a package that is not here ({error}): torch brings it "
+            "on Linux, with CUDA. Choose another backend."
+        ) from error
+    return Triton(policies, device)
+
+
+def _threads(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
+    _exact_colours("threads", policies)
+    from pipelines.augment_threads import Threads
+
+    return Threads(policies)
+
+
 # Each imports its packages when it is chosen: they need not be installed to use another.
-BACKENDS: dict[str, Make] = {"kornia": _kornia, "reference": _reference}
+BACKENDS: dict[str, Make] = {
+    "threads": _threads,
+    "kornia": _kornia,
+    "dali": _dali,
+    "triton": _triton,
+    "reference": _reference,
+}
+
+# How far whole views may lie from the reference's: mean and largest difference in levels of 0..255.
+# What is left comes from sums that end near .5 before a rounding to 8 bit; a jitter can enlarge it.
+# DALI's resize neither rounds nor clips between its passes, and beyond the border of a crop it
+# repeats the last pixel where Pillow sees nothing.
+TOLERANCE: dict[str, tuple[float, float]] = {
+    "threads": (0.008, 4),
+    "kornia": (0.008, 4),
+    "dali": (0.6, 16),
+    "triton": (0.008, 4),
+}
 # Decode themselves, so that decoded images in memory are nothing to them.
 TAKE_BYTES = ("dali",)
 

@@ -23,7 +23,7 @@ from pipelines.sources.opening import identity_of, open_url, shown
 MAX_RATIO = 100  # unpacked over packed bytes; images hardly shrink, tars of tiny ones some 5 times
 FREE_BYTES = 1 << 30  # unpacked bytes below which the ratio does not matter
 _BLOCK = 1 << 20
-_RUN = 100_000  # images sorted in memory at a time
+_RUN = 32_768  # images sorted in memory at a time; one open file for each so many
 
 Identity = str | None
 

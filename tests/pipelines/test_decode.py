@@ -125,6 +125,75 @@ def jpeg_claiming(jpeg: bytes, width: int, height: int) -> bytes:
     return jpeg[:at] + struct.pack(">HH", height, width) + jpeg[at + 4 :]
 
 
+HEADER = struct.pack(">IIBBBBB", 48, 64, 8, 2, 0, 0, 0)
+
+
+def small_png(pixels: Pixels, *more: bytes, stream: bytes | None = None, end: bool = True) -> bytes:
+    """A PNG of 64 x 48 RGB pixels, unfiltered, with chunks between its header and its pixels."""
+    raw = b"".join(b"\0" + row.tobytes() for row in pixels)
+    chunks = [chunk(b"IHDR", HEADER), *more, chunk(b"IDAT", stream or zlib.compress(raw))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + (chunk(b"IEND", b"") if end else b"")
+
+
+CHUNKS = {
+    "none": [],
+    "transparent colour": [chunk(b"tRNS", bytes([0, 3, 0, 7, 0, 1]))],
+    "gamma": [chunk(b"gAMA", struct.pack(">I", 45455))],
+    "linear gamma": [chunk(b"gAMA", struct.pack(">I", 100000))],
+    "standard colours": [chunk(b"sRGB", b"\0")],
+    "chromaticities": [chunk(b"cHRM", struct.pack(">8I", *[31270, 32900] * 4))],
+    "fewer bits": [chunk(b"sBIT", bytes([5, 5, 5]))],
+    "suggested palette": [chunk(b"PLTE", bytes(range(30)))],
+    "text": [chunk(b"tEXt", b"a\0b")],
+    "unknown": [chunk(b"prVt", b"x")],
+    "unknown and critical": [chunk(b"PRVT", b"x")],
+}
+
+
+@pytest.mark.parametrize("more", CHUNKS)
+def test_chunks_of_a_png_change_no_pixel(picture: Picture, more: str) -> None:
+    pixels = picture(64, 48)
+    data = small_png(pixels, *CHUNKS[more])
+    assert np.array_equal(decode(data), pixels)
+    assert np.array_equal(np.array(Image.open(io.BytesIO(data)).convert("RGB")), pixels)
+
+
+def test_a_small_png_is_damaged_or_not_as_the_check_says(picture: Picture) -> None:
+    pixels = picture(64, 48)
+    raw = b"".join(b"\0" + row.tobytes() for row in pixels)
+    filter_9 = b"\x09" + raw[1:]
+    damaged = {
+        "few pixels": small_png(pixels, stream=zlib.compress(raw[:-100])),
+        "stream cut": small_png(pixels, stream=zlib.compress(raw)[:-50]),
+        "no such filter": small_png(pixels, stream=zlib.compress(filter_9)),
+        "no stream": small_png(pixels, stream=b"x" * 100),
+        "header's sum": small_png(pixels).replace(chunk(b"IHDR", HEADER)[-4:], b"\1\2\3\4", 1),
+        "no pixels": small_png(pixels)[:40],
+    }
+    for what, data in damaged.items():
+        for function in (check_image, decode):
+            with pytest.raises(DamagedImage):
+                function(data)
+                pytest.fail(what)
+    endless, more = small_png(pixels, end=False), small_png(pixels) + b"more"
+    with pytest.raises(DamagedImage, match="is truncated"):
+        check_image(endless)  # though all of its pixels are there
+    assert check_image(more) == ("png", 64, 48)
+    assert all(np.array_equal(decode(data), pixels) for data in (endless, more))
+
+
+def test_small_pngs_take_the_short_way(
+    picture: Picture, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = (encode(picture(side, 64), "PNG") for side in (64, 65))
+    alpha = encode(Image.fromarray(picture(9, 9)).convert("RGBA"), "PNG")
+    monkeypatch.setattr("pipelines.decode._open", None)
+    assert np.array_equal(decode(small), picture(64, 64)) and decode(small).flags.writeable
+    for data in (large, alpha):
+        with pytest.raises(DamagedImage, match="NoneType"):
+            decode(data)
+
+
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("function", [check_image, decode])
 @pytest.mark.parametrize("kind", ["png", "jpeg"])

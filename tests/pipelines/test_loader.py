@@ -34,8 +34,8 @@ THREADS = "fastclr-loader"
 
 def make(shard_set: ShardSet, micro: int = 4, ranks: int = 1, rank: int = 0, **more: Any) -> Loader:
     world = World(rank, ranks, rank, ranks)
-    settings = {"seed": 3, "num_threads": 2, "prefetch": 2, "world": world} | more
-    return make_loader(shard_set, POLICY, micro_batch_size=micro, **settings)
+    settings = {"seed": 3, "num_threads": 2, "prefetch": 2, "world": world, "backend": "kornia"}
+    return make_loader(shard_set, POLICY, micro_batch_size=micro, **settings | more)
 
 
 def take(loader: Loader, n: int) -> list[Batch]:
@@ -261,7 +261,7 @@ def test_waiting_is_counted(shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
 
 def test_an_unknown_backend_is_refused(shard_set: ShardSet) -> None:
     with pytest.raises(
-        ConfigError, match="backend 'dahli' is unknown: choose from kornia, reference"
+        ConfigError, match="backend 'dahli' is unknown: choose from threads, kornia"
     ):
         make(shard_set, backend="dahli")
 
@@ -409,7 +409,9 @@ def test_each_view_may_have_its_own_policy(shard_set: ShardSet) -> None:
     still = SimCLRPolicy(size=20, flip_prob=0, jitter_prob=0, grayscale_prob=0, blur_prob=0)
     policies = [POLICY, still, POLICY]
     world = World()
-    loader = make_loader(shard_set, policies, micro_batch_size=4, seed=3, world=world)
+    loader = make_loader(
+        shard_set, policies, micro_batch_size=4, seed=3, world=world, backend="kornia"
+    )
     assert loader.num_views == 3 and make(shard_set).num_views == 2
     (batch,) = take(loader, 1)
     assert batch.check().views_VBCHW.shape == (3, 4, 3, 20, 20)

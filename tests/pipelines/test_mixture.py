@@ -89,12 +89,13 @@ def test_each_sample_once_in_each_epoch_of_its_set(
     stream = np.concatenate([order.ids(e, 0, order.num_positions) for e in range(num_epochs)])
     assert len(stream) == num_epochs * len(mixed)
     first = 0
-    for sizes, _ in parts:
+    for (sizes, _), own_order in zip(parts, order._orders, strict=True):
         size = sum(sizes)
         own = stream[(stream >= first) & (stream < first + size)] - first
-        for start in range(0, len(own), size):
+        for epoch, start in enumerate(range(0, len(own), size)):
             part = own[start : start + size]
             assert len(set(part.tolist())) == len(part)
+            assert np.array_equal(part, own_order.ids(epoch, 0, size)[: len(part)])
         first += size
 
 
