@@ -37,6 +37,8 @@ def make_run(folder: Path, encoder: EncoderConfig, size: int = 40, batch_norm="g
         encoder=encoder,
         head=HeadConfig(output_dim=8),
         views=ViewsConfig(size=size),
+        run_dir="/home/me/run",
+        initial_weights="/home/me/first.pth",
         batch_norm=batch_norm,
     )
     model = SimCLR.from_config(config)
@@ -55,7 +57,7 @@ def make_run(folder: Path, encoder: EncoderConfig, size: int = 40, batch_norm="g
         "config": asdict(config),
         "command": "python fastclr/train.py --recipe demo",
         "versions": {"torch": "2"},
-        "data": {"train": {"path": "data/train", "num_samples": 9, "digest": DIGEST}},
+        "data": {"train": {"path": "/home/me/data/train", "num_samples": 9, "digest": DIGEST}},
     }
     (folder / "config.json").write_text(json.dumps(facts))
     return folder
@@ -206,9 +208,18 @@ def test_the_card_tells_where_it_comes_from(tiny, tmp_path):
     finally:
         (tiny / "scores.json").unlink()
     text, facts = (folder / "README.md").read_text(), (folder / "encoder.json").read_text()
-    for words in (DIGEST, "--recipe demo", "0.5125", "step-0000001", "CC BY 4.0 / &lt;b> # x"):
+    for words in (
+        DIGEST,
+        "| loss.temperature | 0.1 |",
+        "| path | train |",
+        "0.5125",
+        "step-0000001",
+        "CC BY 4.0 / &lt;b> # x",
+    ):
         assert words in text
     assert "0..1 without mean and std" in text
+    assert "| initial_weights | first.pth |" in text
+    assert "/home/me" not in text + facts, "where things lay is nobody's business"
     said = json.loads(facts)
     assert said["architecture"] == {
         "name": "resnet10", "width": 0.125, "stem": "small", "batch_norm": "global",

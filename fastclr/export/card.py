@@ -20,9 +20,9 @@ def markdown(facts: Mapping[str, Any], lines: list[str]) -> str:
     shape = f"{architecture['input_size']} x {architecture['input_size']}"
     sides = "Other and unequal sides work." if architecture["sides_vary"] else "Keep to this size."
     code = "\n".join(lines)
+    library = "library_name: timm\n" if facts["format"] in ("timm", "huggingface") else ""
     return f"""---
-library_name: timm
-tags: [image-feature-extraction, self-supervised, simclr]
+{library}tags: [image-feature-extraction, self-supervised, simclr]
 ---
 
 # {_plain(architecture["name"])}, trained with SimCLR on unlabelled images
@@ -50,7 +50,7 @@ Licence of the data: {_plain(facts["data_license"])}
 {_scores(facts)}
 ## Recipe
 
-Checkpoint `{_plain(facts["checkpoint"])}`, started with `{_plain(facts["command"])}`.
+Checkpoint `{_plain(facts["checkpoint"])}`.
 
 {_table(dict(_flat(facts["config"])))}
 ## Versions

@@ -102,6 +102,9 @@ def pretrained_cfg(subject: Subject) -> dict[str, Any]:
         "mean": [0.0, 0.0, 0.0],
         "std": [1.0, 1.0, 1.0],
         "num_classes": 0,
+        # What timm exchanges for another number of classes or channels.
+        "classifier": known.get("classifier", "fc"),
+        "first_conv": known.get("first_conv", "conv1"),
     }
 
 

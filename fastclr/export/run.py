@@ -133,10 +133,9 @@ def _facts(
         },
         "feature_dim": subject.encoder.feature_dim,
         "input": {"range": [0.0, 1.0], "mean": [0.0] * 3, "std": [1.0] * 3, "is": INPUT_UNIT},
-        "config": asdict(config),
-        "command": saved.get("command", ""),
+        "config": _recipe(config),
         "checkpoint": checkpoint.name,
-        "data": saved.get("data", {}).get("train", {}),
+        "data": _without_folders(saved.get("data", {}).get("train", {})),
         "data_license": data_license or "not stated",
         "scores": scores,
         "no_scores_because": because,
@@ -156,7 +155,26 @@ def _scores(run_dir: Path, checkpoint: Path) -> tuple[Mapping[str, Any] | None, 
         return None, (
             f"The run's scores are of {scores.get('checkpoint')}, this is {checkpoint.name}."
         )
-    return scores, ""
+    return _without_folders(scores), ""
+
+
+def _recipe(config: Config) -> dict[str, Any]:
+    """Return what the encoder is a function of; not where things lay, for a card is published."""
+    settings: dict[str, Any] = asdict(config)
+    for name in runs.VOLATILE:
+        *holders, key = name.split(".")
+        holder = settings
+        for part in holders:
+            holder = holder[part]
+        del holder[key]
+    settings["initial_weights"] = Path(config.initial_weights or config.start_from).name
+    return {key: value for key, value in settings.items() if value != {}}
+
+
+def _without_folders(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Shorten paths and URLs, which may hold names and keys, to their last part."""
+    cut = {k: Path(str(facts[k]).partition("?")[0]).name for k in ("path", "test") if k in facts}
+    return {**facts, **cut}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
