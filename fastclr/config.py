@@ -30,6 +30,9 @@ class ViewsConfig:
         grayscale_prob: Probability of dropping the colour.
         blur_prob: Probability of the Gaussian blur; 0 for CIFAR-10.
         blur_sigma: Range of the blur's standard deviation in pixels, drawn uniformly.
+        colour_model: ``exact``, the paper's colour jitter, or ``affine``: all of its steps as one
+            matrix, without clips between them, the hue as a rotation around the gray axis. Faster,
+            but other colours (4 levels of 255 on average); back-end ``dali`` only.
     """
 
     size: int = 224
@@ -41,6 +44,7 @@ class ViewsConfig:
     grayscale_prob: float = 0.2
     blur_prob: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    colour_model: Literal["exact", "affine"] = "exact"
 
     @property
     def blur_taps(self) -> int:
@@ -60,6 +64,8 @@ class ViewsConfig:
                 found.append(f"views.{name} is {low} {high}: give 0 < low <= high.")
         if self.crop_scale[1] > 1:
             found.append(f"views.crop_scale ends at {self.crop_scale[1]}: an area is at most 1.")
+        if self.colour_model not in ("exact", "affine"):
+            found.append(f"views.colour_model is {self.colour_model!r}: choose exact or affine.")
         if self.size < 8:
             found.append(f"views.size is {self.size}: views need at least 8 pixels a side.")
         if not 0 <= self.color_strength <= 2.5:
@@ -76,16 +82,25 @@ class DataConfig:
 
     Attributes:
         train: Folder of a shard set made by ``tools/make_shards.py``.
-        backend: Augmentation back-end: ``kornia`` (batched, CPU and CUDA) or ``reference``
-            (per image, slow, the oracle).
-        num_threads: Threads that prepare batches.
+        backend: Augmentation back-end, a key of ``pipelines.backends.BACKENDS``; ``auto`` for the
+            fastest that is installed, settled before the run begins.
+        num_threads: Threads that prepare batches; 0 for this rank's part of the cores.
         prefetch: Batches prepared ahead of the training step.
+        in_memory: Decode all images before the run and keep their pixels; refused where they would
+            take more than half of the free memory.
+        on_damage: A damaged sample met while training ends the run (``raise``), or the next good
+            one of the order takes its place (``replace``). What cannot be read always raises, and
+            so does any damage in an evaluation.
+        most_damaged: Damaged samples a rank replaces before it is an error after all.
     """
 
     train: str = ""
-    backend: str = "kornia"
-    num_threads: int = 1
+    backend: str = "auto"
+    num_threads: int = 0
     prefetch: int = 4
+    in_memory: bool = False
+    on_damage: Literal["raise", "replace"] = "raise"
+    most_damaged: int = 100
 
 
 @dataclass(frozen=True)
@@ -254,7 +269,8 @@ class Config:
 
     Attributes:
         data: Images and back-end.
-        views: Augmentation.
+        views: Augmentation of both views, or of the first.
+        views_second: Augmentation of the second view, where it is to be another.
         encoder: Encoder f.
         head: Projection head g.
         loss: Contrastive loss.
@@ -285,6 +301,7 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
+    views_second: ViewsConfig | None = None
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -319,6 +336,8 @@ class Config:
                 for f in fields(cls)
                 if f.default_factory is not MISSING
             }
+            if second := values.get("views_second"):
+                parts["views_second"] = ViewsConfig(**_tuples(second))
             return cls(**{**_tuples(values), **parts})
         except (TypeError, KeyError) as error:
             raise ConfigError(
@@ -329,6 +348,13 @@ class Config:
     def problems(self) -> list[str]:
         """Say what cannot work, one sentence a problem; all cross-field rules at once."""
         found = self.views.problems() + self.head.problems() + self.loss.problems()
+        if self.views_second:
+            found += [p.replace("views.", "views_second.") for p in self.views_second.problems()]
+            if self.views_second.size != self.views.size:
+                found.append(
+                    f"views_second.size is {self.views_second.size} and views.size "
+                    f"{self.views.size}: both views go through one encoder; give one size."
+                )
         found += self._optimizer_problems()
         if not self.run_dir:
             found.append("run_dir is empty: say where results go, e.g. --run-dir runs/first.")
@@ -349,8 +375,9 @@ class Config:
         if not 0 <= self.seed < 2**63:
             found.append(f"seed is {self.seed}: give 0 <= seed < 2**63.")
         for name, least in {
-            "data.num_threads": 1,
+            "data.num_threads": 0,
             "data.prefetch": 1,
+            "data.most_damaged": 0,
             "log_every": 1,
             "checkpoint_every": 0,
             "keep_checkpoints": 1,

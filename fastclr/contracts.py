@@ -12,11 +12,25 @@ from fastclr.batch import Batch
 
 
 class BatchSource(Protocol):
-    """What the trainer needs of a loader: endless batches and an exact position."""
+    """What the trainer needs of a loader: endless batches and an exact position.
+
+    Attributes:
+        micro_batch_size: Images of this rank in a batch.
+        batches_per_epoch: Batches in an epoch, on every rank.
+        wait_seconds: Time spent waiting for batches so far.
+        num_views: Views V of each image.
+        num_damaged: Damaged samples this rank has replaced so far.
+    """
 
     micro_batch_size: int
     batches_per_epoch: int
     wait_seconds: float
+
+    @property
+    def num_views(self) -> int: ...  # noqa: D102
+
+    @property
+    def num_damaged(self) -> int: ...  # noqa: D102
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches from the current position on, without end."""
@@ -59,6 +73,8 @@ class Summary:
         data_wait_fraction: Part of this start's training time spent waiting for the loader.
         num_ranks: Processes.
         skipped_steps: Batches left out because their loss was not finite.
+        damaged_samples: Damaged samples replaced in this start, each counted once on every rank
+            that met it.
         checkpoint: Folder of the last checkpoint.
     """
 
@@ -73,4 +89,5 @@ class Summary:
     data_wait_fraction: float
     num_ranks: int
     skipped_steps: int
+    damaged_samples: int
     checkpoint: str

@@ -14,6 +14,8 @@ PACKAGES = (
     "fastclr", "torch", "torchvision", "deepspeed", "timm", "kornia", "numpy", "scikit-learn",
 )  # fmt: skip
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # of version 2; a container sees its own here
+
 _SECRET = re.compile("(?i)api_?key|token|password|secret|credential")
 
 
@@ -46,6 +48,21 @@ def redacted(settings: Any) -> Any:
 def num_cores() -> int:
     """Return the cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def free_memory() -> int:
+    """Return the bytes this process may still take: of the machine, and of its control group."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    free = kib["MemAvailable"] * 1024
+    try:
+        limit = (CONTROL_GROUP / "memory.max").read_text(encoding="utf-8").strip()
+        used = int((CONTROL_GROUP / "memory.current").read_text(encoding="utf-8"))
+        stat = (CONTROL_GROUP / "memory.stat").read_text(encoding="utf-8").split()
+        cache = int(stat[stat.index("inactive_file") + 1])  # given back when it is asked for
+    except (OSError, ValueError):  # no control groups of version 2 here
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - used + cache))
 
 
 def hardware(device_name: str) -> dict[str, Any]:

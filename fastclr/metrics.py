@@ -140,10 +140,11 @@ class MetricsLog:
 def _line(row: Row, total_steps: int | None) -> str:
     """Say a row in one line."""
     eta = row["eta_seconds"]
+    damaged = f"  {row['damaged_samples']} damaged" if row.get("damaged_samples") else ""
     left = "?" if eta is None else f"{int(eta) // 60}:{int(eta) % 60:02d}"
     return (
         f"step {row['step']}/{total_steps or '?'}  loss {row['loss']:.4f}  "
         f"contrastive acc {row['contrastive_accuracy']:.3f}  "
         f"{row['images_per_second']:.0f} images/s  data wait {row['data_wait_fraction']:.0%}  "
-        f"{row['memory_gib']:.1f} GiB  {left} left"
+        f"{row['memory_gib']:.1f} GiB{damaged}  {left} left"
     )

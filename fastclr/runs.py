@@ -8,12 +8,14 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from fastclr import checkpointing, ds_config, foreign_weights, losses
 from fastclr.batch import Batch
@@ -30,7 +32,10 @@ from fastclr.simclr import SimCLR
 from fastclr.trainer import Summary, Trainer
 from fastclr.world import World
 from pipelines import ShardSet, SimCLRPolicy, make_loader, photos
-from pipelines.loader import Loader, evaluation_batches
+from pipelines.backends import resolve_backend
+from pipelines.evaluation_views import evaluation_batches
+from pipelines.loader import Loader, default_threads
+from pipelines.memory import InMemory
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +46,9 @@ NUM_PAIRS, NUM_THUMBNAILS, NUM_WATCHED = 12, 1000, 256
 VOLATILE = (
     "run_dir", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "start_from",
     "initial_weights", "initial_weights_input", "data.train", "data.num_threads", "data.prefetch",
-    "evaluation.test", "evaluation.train", "evaluation.every_epochs", "evaluation.most_images",
-    "faults.non_finite", "faults.most_skipped", "faults.watchdog_seconds",
+    "data.in_memory", "data.on_damage", "data.most_damaged", "evaluation.test", "evaluation.train",
+    "evaluation.every_epochs", "evaluation.most_images", "faults.non_finite",
+    "faults.most_skipped", "faults.watchdog_seconds",
 )  # fmt: skip
 
 
@@ -67,13 +73,14 @@ def train(
     world = World.detect()
     _set_up_logging()
     config, ds = ds_config.resolve(config, ds_config.read(ds_path), world)
+    config = _settle_backend(config, device_of(world))
     shard_set = ShardSet.open(config.data.train)
     run_dir = Path(config.run_dir)
     _refuse_another_run(run_dir, config)
     _share_cores(world)
     loader = make_loader(
-        shard_set,
-        SimCLRPolicy(**asdict(config.views)),
+        _decoded(config, shard_set, world) if config.data.in_memory else shard_set,
+        _policies(config),
         micro_batch_size=ds_config.images_per_rank(ds, world),
         seed=config.seed,
         backend=config.data.backend,
@@ -81,6 +88,8 @@ def train(
         device=device_of(world),
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
+        on_damage=config.data.on_damage,
+        most_damaged=config.data.most_damaged,
     )
     trainer = _trainer(config, ds, loader, shard_set, interruption)
     trainer.check(loader)
@@ -97,7 +106,8 @@ def train(
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(run_dir / "config.json", facts)
         print(
-            f"training {config.encoder.name} on {len(shard_set)} images: batches of "
+            f"training {config.encoder.name} on {len(shard_set)} images, views by "
+            f"{config.data.backend}: batches of "
             f"{config.global_batch_size}, {2 * (config.global_batch_size or 0) - 2} negatives for "
             f"each anchor, {loader.dropped_per_epoch} images left over in each epoch",
             flush=True,
@@ -111,7 +121,36 @@ def train(
             f"{summary.training_seconds / 60:.1f} minutes ({summary.images_per_second:.0f} "
             f"images/s, data wait {summary.data_wait_fraction:.1%}): {summary.checkpoint}"
         )
+        if summary.damaged_samples:
+            print(f"{summary.damaged_samples} damaged images were replaced; the log names them")
     return summary
+
+
+def _settle_backend(config: Config, device: torch.device) -> Config:
+    """Put the back-end that ``auto`` means here into the configuration: it is what the run is."""
+    backend = resolve_backend(config.data.backend, device, config.data.in_memory)
+    return replace(config, data=replace(config.data, backend=backend))
+
+
+def _policies(config: Config) -> list[SimCLRPolicy]:
+    """Return the augmentation of each of the two views."""
+    views = (config.views, config.views_second or config.views)
+    return [SimCLRPolicy(**asdict(view)) for view in views]
+
+
+def _decoded(config: Config, shard_set: ShardSet, world: World) -> InMemory:
+    """Decode all images before the run."""
+    threads = config.data.num_threads or default_threads(world)
+    with Progress(console=Console(stderr=True), disable=not world.is_main) as progress:
+        task = progress.add_task("decoding all images", total=len(shard_set))
+        return InMemory(
+            shard_set,
+            num_threads=threads,
+            num_local_ranks=world.num_local_ranks,
+            on_damage=config.data.on_damage,
+            most_damaged=config.data.most_damaged,
+            progress=lambda count: progress.advance(task, count),
+        )
 
 
 def _set_up_logging() -> None:
@@ -199,9 +238,10 @@ def _refuse_another_run(run_dir: Path, config: Config) -> None:
         return
     before = _flat(_read_json(run_dir / "config.json")["config"])
     now = _flat(json.loads(json.dumps(asdict(config))))
-    changed = [k for k in now if before.get(k) != now[k] and k not in VOLATILE]
+    names = [*now, *(key for key in before if key not in now)]
+    changed = [k for k in names if before.get(k) != now.get(k) and k not in VOLATILE]
     if changed:
-        lines = [f"  {key}: {before.get(key)} before, {now[key]} now" for key in changed]
+        lines = [f"  {key}: {before.get(key)} before, {now.get(key)} now" for key in changed]
         raise ConfigError(
             f"{run_dir} holds a run with other settings:\n" + "\n".join(lines) + "\nRepeat the "
             "old values to go on with it, or choose a new --run-dir."
@@ -371,10 +411,12 @@ def _first_batch(
     """Return this rank's part of the first images of epoch 0, as training sees them."""
     loader = make_loader(
         shard_set,
-        SimCLRPolicy(**asdict(config.views)),
+        _policies(config),
         micro_batch_size=max(1, min(num_images, len(shard_set)) // world.num_ranks),
         seed=config.seed,
         backend=backend,
         world=world,
+        on_damage=config.data.on_damage,
+        most_damaged=config.data.most_damaged,
     )
     return next(iter(loader))

@@ -111,6 +111,7 @@ class Trainer:
         self.step = 0
         self.images = 0
         self.skipped_steps = 0
+        self.damaged_samples = 0  # of all ranks, at the last log row
         self.best_score = -math.inf
         self.total_steps: int | None = None
         self.clock = Clock()
@@ -324,11 +325,16 @@ class Trainer:
         """Refuse what cannot work, before any device is touched; ``fit`` begins with this.
 
         Raises:
-            ConfigError: If optimizer, precision or batch sizes do not go together, or the data of
-                the evaluation cannot be scored.
+            ConfigError: If optimizer, precision, views or batch sizes do not go together, or the
+                data of the evaluation cannot be scored.
         """
         images = loader.micro_batch_size
         found = engine.problems(self.model, self.optimizer, self.ds_config, images, self.world)
+        if loader.num_views != 2:  # all losses take two
+            found.append(
+                f"the loader makes {loader.num_views} views of each image, and the loss compares "
+                "two: give make_loader one policy or two."
+            )
         if self.batch_norm == "none" and has_batch_norm(self.model):
             found.append(
                 "batch_norm is none and the model has BatchNorm: replace it with "
@@ -430,6 +436,7 @@ class Trainer:
             data_wait_fraction=loader.wait_seconds / max(seconds - self._seconds_before, 1e-9),
             num_ranks=self.world.num_ranks,
             skipped_steps=self.skipped_steps,
+            damaged_samples=self.damaged_samples,
             checkpoint=str(checkpointing.latest(self._checkpoints)),
         )
 
@@ -449,9 +456,12 @@ class _Window:
     def close(self, loss: torch.Tensor, statistics: dict[str, torch.Tensor]) -> Row:
         """Return the row of this window, and begin the next."""
         trainer = self._trainer
-        values = torch.stack([loss.float(), *statistics.values()]) / trainer.world.num_ranks
+        means = torch.stack([loss.float(), *statistics.values()]) / trainer.world.num_ranks
+        damaged = torch.tensor([float(self._loader.num_damaged)], device=means.device)
+        values = torch.cat([means, damaged])
         dist.all_reduce(values)
-        mean_loss, *means = values.tolist()
+        mean_loss, *others, damaged_samples = values.tolist()
+        trainer.damaged_samples = round(damaged_samples)
         seconds = time.perf_counter() - self._time
         step, images, waited = self._first
         steps = trainer.step - step
@@ -461,10 +471,11 @@ class _Window:
             "epoch": trainer.step / self._loader.batches_per_epoch,
             "images": trainer.images,
             "loss": mean_loss,
-            **dict(zip(statistics, means, strict=True)),
+            **dict(zip(statistics, others, strict=True)),
             "learning_rate": trainer.engine.optimizer.param_groups[0]["lr"],
             "images_per_second": (trainer.images - images) / seconds,
             "data_wait_fraction": (self._loader.wait_seconds - waited) / seconds,
+            "damaged_samples": trainer.damaged_samples,
             "step_seconds": seconds / max(1, steps),
             "memory_gib": memory_gib(trainer.device),
             "eta_seconds": None if total is None else (total - trainer.step) * seconds / steps,

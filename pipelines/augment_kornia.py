@@ -54,8 +54,27 @@ def augment(
         x_NCHW[torch.from_numpy(rows).to(device)] = _crop_resize(
             torch.from_numpy(source_NHWC).to(device), boxes_N4, policy.size
         )
-    x_NCHW = _on_rows(x_NCHW, params.flip_N, lambda x, _: x.flip(-1)) / 255
-    x_NCHW = _round(_color(x_NCHW, params))
+    return _finish(_on_rows(x_NCHW, params.flip_N, lambda x, _: x.flip(-1)), params, policy)
+
+
+@torch.inference_mode()
+def finish(crop_NHWC: torch.Tensor, params: ViewParams, policy: SimCLRPolicy) -> torch.Tensor:
+    """Do what comes after crop, resize and flip: jitter, grayscale and blur, where the crops lie.
+
+    Args:
+        crop_NHWC: uint8 (n, size, size, 3).
+        params: Numbers of n views.
+        policy: Gives the taps of the blur.
+
+    Returns:
+        uint8 (n, size, size, 3).
+    """
+    return _finish(crop_NHWC.permute(0, 3, 1, 2).float(), params, policy)
+
+
+def _finish(x_NCHW: torch.Tensor, params: ViewParams, policy: SimCLRPolicy) -> torch.Tensor:
+    """Colours and blur of levels as float; see :func:`finish`."""
+    x_NCHW = _round(_color(x_NCHW / 255, params))
     if policy.blur_taps > 1:
         sigma_N2 = _to(params.sigma_N, x_NCHW)[:, None].expand(-1, 2)
         x_NCHW = _on_rows(

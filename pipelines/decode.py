@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
+from kornia_rs import io as rust
 from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 64 * 1024 * 1024  # a 100 kB file can claim a gigabyte of pixels
 FORMATS = ("JPEG", "PNG", "WEBP")
+_JPEG_START = b"\xff\xd8"
+# kornia_rs decodes small PNGs in a sixth of Pillow's time, but holds the GIL meanwhile.
+SMALL = 64 * 64  # pixels
 # MPO: what Pillow calls the JPEG of a camera that appends a second picture.
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_PNG = b"\x89PNG\r\n\x1a\n"
+_RGB_8 = b"\x08\x02\x00\x00\x00"  # 8 bits, RGB, deflate, five filters, not interlaced
 
 
 class DamagedImage(ValueError):
     """Bytes that are no image, or one beyond the limits; the message says why."""
+
+
+class DamagedImages(DamagedImage):
+    """Some images of a batch are damaged.
+
+    Args:
+        reasons: What is wrong with an image, by its place in the batch.
+
+    Attributes:
+        reasons: The same.
+    """
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        self.reasons = reasons
+        super().__init__("; ".join(f"image {row} {why}" for row, why in reasons.items()))
 
 
 def check_image(data: bytes) -> tuple[str, int, int]:
@@ -31,26 +55,82 @@ def check_image(data: bytes) -> tuple[str, int, int]:
         DamagedImage: If the bytes are empty, of another format, truncated, damaged, or larger than
             :data:`MAX_PIXELS`.
     """
-    try:
+    with _damage_named():
+        if data[:2] == _JPEG_START and _is_plain_jpeg(data):
+            # All of the file is read at any scale, and an eighth takes half the time.
+            simplejpeg.decode_jpeg(data, min_height=1, min_width=1, min_factor=8, strict=True)
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            return "jpg", int(height), int(width)
+    extension, pixels = check_and_decode(data)
+    return extension, *pixels.shape[:2]
+
+
+def check_and_decode(data: bytes) -> tuple[str, Pixels]:
+    """Decode strictly: the check of :func:`check_image` and the pixels of :func:`decode` in one.
+
+    Returns:
+        File extension (``jpg``, ``png`` or ``webp``) and uint8 (H, W, 3).
+
+    Raises:
+        DamagedImage: See :func:`check_image`.
+    """
+    with _damage_named():
+        if data[:8] == _PNG:
+            _check_png(data)
+            if (pixels := _decode_plain_png(data, MAX_PIXELS)) is not None:
+                return "png", pixels
         with _open(data) as image:
             extension = _EXTENSIONS[image.format or ""]
-            width, height = image.size
             if extension == "jpg" and _is_plain_jpeg(data):
-                simplejpeg.decode_jpeg(data, strict=True)
-            else:
-                image.load()
-    except DamagedImage:
-        raise
-    except Exception as error:  # decoders raise anything on hostile bytes
-        raise DamagedImage(f"does not decode: {error}") from error
-    return extension, height, width
+                return extension, simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+            return extension, np.array(_to_rgb(image))
+
+
+def check_header(data: bytes) -> tuple[int, int]:
+    """Check what costs no decoding: format, number of pixels, and that the end is there.
+
+    An image without its end marker in the last place (cut, or with bytes appended, which is no
+    damage) is decoded once, strictly. Damage between header and end is left to the decoder.
+
+    Returns:
+        Height and width in pixels.
+
+    Raises:
+        DamagedImage: See :func:`check_image`.
+    """
+    if not _has_end(data):
+        return check_image(data)[1:]
+    with _damage_named():
+        if data[:2] == _JPEG_START:
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            _check_size(int(width), int(height))
+            return int(height), int(width)
+        with _open(data) as image:
+            return image.height, image.width
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether the bytes end where their format says."""
+    if data[:2] == _JPEG_START:
+        return data.endswith(b"\xff\xd9")
+    if data[:4] == b"RIFF":  # WebP tells its length, without the first 8 bytes
+        return int.from_bytes(data[4:8], "little") + 8 == len(data)
+    return data.endswith(b"\0\0\0\0IEND\xaeB`\x82")
 
 
 def decode(data: bytes) -> Pixels:
     """Decode an image to RGB.
 
-    EXIF rotation is not applied, as in torchvision. Gray, palette, CMYK and 16-bit images become
-    8-bit RGB; transparency is dropped.
+    What becomes of images that are not 8-bit RGB, the same for every back-end:
+
+    - gray and black-and-white: three equal channels;
+    - 16 bit: the high byte of each sample, not scaled to the image's range;
+    - palette: its colours;
+    - CMYK and YCCK: Pillow's conversion, without colour management;
+    - transparency: dropped, whatever colour lies under it;
+    - EXIF rotation: not applied here, as in torchvision; packing may have applied it;
+    - any size from 1 x 1 (a crop is then that pixel, repeated) to :data:`MAX_PIXELS` pixels; more
+      is refused before anything is decoded.
 
     Returns:
         uint8 (H, W, 3).
@@ -58,14 +138,23 @@ def decode(data: bytes) -> Pixels:
     Raises:
         DamagedImage: See :func:`check_image`.
     """
-    try:
-        if data[:2] == b"\xff\xd8" and _is_plain_jpeg(data):
+    with _damage_named():
+        if data[:2] == _JPEG_START and _is_plain_jpeg(data):
             return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        if (pixels := _decode_plain_png(data, SMALL)) is not None:
+            return pixels
         with _open(data) as image:
             return np.array(_to_rgb(image))
+
+
+@contextmanager
+def _damage_named() -> Iterator[None]:
+    """Turn whatever decoders raise on hostile bytes into DamagedImage."""
+    try:
+        yield
     except DamagedImage:
         raise
-    except Exception as error:  # decoders raise anything on hostile bytes
+    except Exception as error:
         raise DamagedImage(f"does not decode: {error}") from error
 
 
@@ -85,6 +174,36 @@ def _check_size(width: int, height: int) -> None:
     """Refuse more pixels than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
         raise DamagedImage(f"has {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
+
+
+def _check_png(data: bytes) -> None:
+    """Check the checksum of every chunk: Pillow passes over those of the pixels."""
+    at = 8
+    while (kind := data[at + 4 : at + 8]) != b"IEND":
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if not kind or end + 4 > len(data):
+            raise DamagedImage("is truncated")
+        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise DamagedImage(f"is damaged: chunk {kind!r} has another checksum")
+        at = end + 4
+
+
+def _decode_plain_png(data: bytes, most_pixels: int) -> Pixels | None:
+    """Decode an 8-bit RGB PNG six times as fast as Pillow; None for others.
+
+    kornia_rs checks the sums of header and pixels, which Pillow does not all, and raises for less:
+    no end, unknown chunks. What it refuses is judged by Pillow, which says why.
+    """
+    if data[:8] != _PNG or data[12:16] != b"IHDR" or data[24:29] != _RGB_8:
+        return None
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    _check_size(width, height)
+    if not 0 < width * height <= most_pixels:
+        return None
+    try:
+        return rust.decode_image_png_u8(data, (height, width), "rgb")
+    except Exception:  # of the class Exception itself
+        return None
 
 
 def _is_plain_jpeg(data: bytes) -> bool:

@@ -6,49 +6,24 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 
 from fastclr.batch import Batch
 from fastclr.config import ConfigError
+from fastclr.facts import num_cores
 from fastclr.world import World
-from pipelines.backends import BACKENDS
-from pipelines.decode import Pixels
-from pipelines.order import Int64, SampleOrder, batches_per_epoch, places
-from pipelines.policy import SimCLRPolicy
-from pipelines.shards import ShardSet
+from pipelines.backends import BACKENDS, resolve_backend
+from pipelines.damage import MOST_DAMAGED, Damage, GoodSamples, OnDamage
+from pipelines.decode import DamagedImage
+from pipelines.image_set import ImageSet
+from pipelines.order import Int64, batches_per_epoch, next_window, places
+from pipelines.policy import SimCLRPolicy, ViewParams
+from pipelines.shards import DamagedSample, ShardError
 
-
-class ImageSet(Protocol):
-    """What the loader needs of a data set; all of it from any thread."""
-
-    digest: str
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, sample_id: int) -> Pixels:
-        """Return a decoded image, uint8 (H, W, 3)."""
-        ...
-
-    def read(self, sample_id: int) -> bytes:
-        """Return an encoded image."""
-        ...
-
-    def sizes(self, sample_ids: Int64) -> npt.NDArray[np.int32]:
-        """Return heights and widths in pixels, int32 (n, 2)."""
-        ...
-
-    def labels(self, sample_ids: Int64) -> Int64:
-        """Return labels, int64 (n,); -1 where there is none."""
-        ...
-
-    def order(self, seed: int) -> SampleOrder:
-        """Return which sample stands where in each epoch."""
-        ...
+STATE_VERSION = 1
 
 
 class _Work(NamedTuple):
@@ -65,16 +40,20 @@ class Loader:
 
     Args:
         shard_set: Images.
-        policy: Augmentation of both views, or one policy a view.
-        backend: Key of :data:`~pipelines.backends.BACKENDS`.
+        policy: Augmentation of both views, or one policy a view, for two views or more.
+        backend: Key of :data:`~pipelines.backends.BACKENDS`, or ``auto``.
         micro_batch_size: Images B of this rank in a batch.
         seed: Seed of order and views.
         world: Which rank of how many.
         device: Where the views lie.
-        num_threads: Threads that prepare batches.
-        prefetch: Batches prepared ahead.
+        num_threads: Threads that prepare batches; 0 for :func:`default_threads`.
+        prefetch: Batches prepared ahead; with the one in use they are all the memory it takes.
+        on_damage: What is done about a damaged sample: ``raise``, or ``replace`` it by the next
+            good one of the epoch's order. The numbers of a view stay those of its position.
+        most_damaged: Damaged samples this rank replaces before it is an error after all.
 
     Attributes:
+        backend: The back-end's name, resolved.
         batches_per_epoch: Global batches in an epoch; the incomplete last one is dropped.
         dropped_per_epoch: Samples in that incomplete one.
         wait_seconds: Time spent waiting for batches so far.
@@ -92,11 +71,11 @@ class Loader:
         device: torch.device,
         num_threads: int,
         prefetch: int,
+        on_damage: OnDamage = "raise",
+        most_damaged: int = MOST_DAMAGED,
     ) -> None:
         if micro_batch_size < 1:
             raise ConfigError(f"micro_batch_size is {micro_batch_size}: give 1 or more.")
-        if backend not in BACKENDS:
-            raise ConfigError(f"backend {backend!r} is unknown: choose from {', '.join(BACKENDS)}.")
         self.policies = (policy, policy) if isinstance(policy, SimCLRPolicy) else tuple(policy)
         if len({p.size for p in self.policies}) != 1 or len(self.policies) < 2:
             raise ConfigError(
@@ -105,9 +84,12 @@ class Loader:
             )
         self.shard_set, self.seed = shard_set, seed
         self.micro_batch_size, self.world, self.device = micro_batch_size, world, device
-        self._backend = BACKENDS[backend](self.policies, device, num_threads)
-        self._num_threads, self._prefetch = num_threads, prefetch
+        self.backend = resolve_backend(backend, device)
+        self._num_threads, self._prefetch = num_threads or default_threads(world), prefetch
+        self._backend = BACKENDS[self.backend](self.policies, device, self._num_threads)
         self._order = shard_set.order(seed)
+        self._damage = Damage(on_damage, most_damaged)
+        self._samples = GoodSamples(shard_set, self._order, self._damage, self._backend.takes_bytes)
         self._epoch, self._position = 0, 0
         self.wait_seconds = 0.0
         self.batches_per_epoch = batches_per_epoch(
@@ -122,12 +104,31 @@ class Loader:
         return self.shard_set.digest
 
     @property
+    def num_views(self) -> int:
+        """Views V of each image."""
+        return len(self.policies)
+
+    @property
+    def damaged(self) -> dict[int, str]:
+        """Damaged samples that this rank has replaced since it began, and what is wrong with each.
+
+        Ids in the order they were met, which threads may change.
+        """
+        return dict(self._damage.found)
+
+    @property
+    def num_damaged(self) -> int:
+        """Number of :attr:`damaged`."""
+        return len(self._damage.found)
+
+    @property
     def _global_batch_size(self) -> int:
         return self.micro_batch_size * self.world.num_ranks
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch handed out; the same on every rank."""
         return {
+            "version": STATE_VERSION,
             "epoch": self._epoch,
             "position": self._position,
             "seed": self.seed,
@@ -138,8 +139,13 @@ class Loader:
         """Go on after a position, also on another number of ranks.
 
         Raises:
-            ConfigError: If it belongs to another data set or seed.
+            ConfigError: If it belongs to another data set, seed or version of fastclr.
         """
+        if state.get("version", 1) != STATE_VERSION:
+            raise ConfigError(
+                f"the checkpoint's loader state has version {state['version']}, this fastclr reads "
+                f"{STATE_VERSION}: go on with the version that wrote it."
+            )
         for key, mine in {"seed": self.seed, "digest": self.digest}.items():
             if state[key] != mine:
                 raise ConfigError(
@@ -168,28 +174,83 @@ class Loader:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _work(self) -> Iterator[_Work]:
-        """Yield this rank's batches for ever."""
+        """Yield this rank's batches for ever; hint which shards come after those in use."""
         epoch, start = self._epoch, self._position
+        hinted = start  # where the window begins that the set was told of last
+        self.shard_set.prefetch(self._order.shards(epoch, start, start + 1))
         while True:
-            while start + self._global_batch_size <= self._order.num_positions:
+            left = self._order.num_positions - start
+            stop = start + left // self._global_batch_size * self._global_batch_size
+            while start < stop:
                 mine = places(start, self.micro_batch_size, self.world)
                 sample_ids = self._order.ids(epoch, int(mine[0]), int(mine[-1]) + 1)
                 start += self._global_batch_size
+                while hinted < start:
+                    hinted, shards = next_window(self._order, epoch, hinted, stop)
+                    self.shard_set.prefetch(shards)
                 yield _Work(epoch, start, sample_ids, mine)
-            epoch, start = epoch + 1, 0
+            epoch, start, hinted = epoch + 1, 0, 0
 
-    def make_views(self, epoch: int, sample_ids: Int64, positions: Int64) -> torch.Tensor:
-        """Read, decode and augment some images; uint8 (V, n, size, size, 3)."""
-        source = self.shard_set.read if self._backend.takes_bytes else self.shard_set.__getitem__
-        images: list[Any] = [source(int(i)) for i in sample_ids]
+    def draw(self, epoch: int, positions: Int64, sample_ids: Int64) -> list[ViewParams]:
+        """Draw the numbers of some images' views, one block a view."""
         sizes_N2 = self.shard_set.sizes(sample_ids)
-        params = [
+        return [
             policy.draw(
                 seed=self.seed, epoch=epoch, positions=positions, view=view, sizes_N2=sizes_N2
             )
             for view, policy in enumerate(self.policies)
         ]
-        return self._backend(images, params)
+
+    def make_views(
+        self, epoch: int, positions: Int64, sample_ids: Int64
+    ) -> tuple[torch.Tensor, Int64]:
+        """Read, decode and augment some images.
+
+        Args:
+            epoch: Epoch from 0.
+            positions: int64 (n,), places in the epoch's order.
+            sample_ids: int64 (n,), what the order has there.
+
+        Returns:
+            uint8 (V, n, size, size, 3), and the ids of the images that were taken: others where
+            damaged ones were replaced.
+        """
+        wanted = list(zip(positions.tolist(), sample_ids.tolist(), strict=True))
+        taken = [self._samples.take(epoch, *place) for place in wanted]
+        while True:
+            sample_ids = np.array([sample_id for sample_id, _ in taken], np.int64)
+            images: list[Any] = [image for _, image in taken]
+            params = self.draw(epoch, positions, sample_ids)
+            try:
+                return self._backend(images, params), sample_ids
+            except DamagedImage as error:
+                self._note_damage(images, params, sample_ids, error)
+            taken = [
+                self._samples.take(epoch, *place) if old[0] in self._damage.found else old
+                for old, place in zip(taken, wanted, strict=True)
+            ]
+
+    def _note_damage(
+        self, images: list[Any], params: list[ViewParams], sample_ids: Int64, error: DamagedImage
+    ) -> None:
+        """Find the images that made the back-end refuse a batch, and note them.
+
+        Each is tried alone: what counts as damaged then depends on no other image of the batch.
+        """
+        refused = False
+        for row, sample_id in enumerate(sample_ids.tolist()):
+            one = slice(row, row + 1)
+            try:
+                self._backend(images[one], [p[one] for p in params])
+            except DamagedImage as reason:
+                refused = True
+                place = self.shard_set.place(sample_id)
+                self._damage.note(sample_id, DamagedSample(place, reason))
+        if not refused:
+            raise ShardError(
+                f"back-end {self.backend} refuses the samples {sample_ids.tolist()} together and "
+                f"none of them alone: {error}. Use another data.backend, and report this."
+            ) from error
 
     @property
     def chunk(self) -> int:
@@ -203,6 +264,7 @@ class _Coming:
     def __init__(self, loader: Loader, work: _Work, pool: ThreadPoolExecutor) -> None:
         self.work, self._loader = work, loader
         size, num_images = loader.policies[0].size, len(work.sample_ids)
+        self._sample_ids = work.sample_ids.copy()
         self._views: torch.Tensor | None = None
         if loader.chunk < num_images:  # on the host; pinned, so that the copy need not wait
             self._views = torch.empty(
@@ -216,7 +278,9 @@ class _Coming:
     def _make(self, first: int) -> None:
         rows = slice(first, first + self._loader.chunk)
         work = self.work
-        made = self._loader.make_views(work.epoch, work.sample_ids[rows], work.positions[rows])
+        made, self._sample_ids[rows] = self._loader.make_views(
+            work.epoch, work.positions[rows], work.sample_ids[rows]
+        )
         if self._views is None:
             self._views = made
         else:
@@ -227,7 +291,7 @@ class _Coming:
         for chunk in self._chunks:
             chunk.result()
         assert self._views is not None
-        sample_ids = self.work.sample_ids
+        sample_ids = self._sample_ids
         return Batch(
             views_VBCHW=self._views.permute(0, 1, 4, 2, 3),
             label_B=torch.from_numpy(self._loader.shard_set.labels(sample_ids)),
@@ -241,11 +305,13 @@ def make_loader(
     *,
     micro_batch_size: int,
     seed: int = 0,
-    backend: str = "kornia",
+    backend: str = "auto",
     world: World | None = None,
     device: torch.device | str = "cpu",
-    num_threads: int = 1,
+    num_threads: int = 0,
     prefetch: int = 4,
+    on_damage: OnDamage = "raise",
+    most_damaged: int = MOST_DAMAGED,
 ) -> Loader:
     """Make a :class:`Loader`; see there. ``world`` defaults to what the launcher says."""
     return Loader(
@@ -258,51 +324,11 @@ def make_loader(
         device=torch.device(device),
         num_threads=num_threads,
         prefetch=prefetch,
+        on_damage=on_damage,
+        most_damaged=most_damaged,
     )
 
 
-def evaluation_batches(
-    shard_set: ShardSet,
-    size: int,
-    batch_size: int = 256,
-    world: World = World(),  # noqa: B008
-    limit: int | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield every image of this rank's part once, in order, without augmentation.
-
-    The authors' evaluation view: above 64 px the shorter side becomes size / 0.875, bicubic, then
-    the centre is cropped; smaller images are resized but not cropped further.
-
-    Args:
-        shard_set: Images.
-        size: Side of the square images in pixels.
-        batch_size: Images in a batch; the last may hold fewer.
-        world: Whose part: the ranks' parts, one after the other, are the images in order. They
-            differ by one image at most, and may be empty.
-        limit: Only the first so many images, which are a sample of all where packing shuffled.
-
-    Yields:
-        uint8 images (n, 3, size, size), channels-last in memory, and int64 labels (n,).
-    """
-    num_images = len(shard_set) if limit is None else min(limit, len(shard_set))
-    start, stop = (num_images * (world.rank + k) // world.num_ranks for k in (0, 1))
-    for first in range(start, stop, batch_size):
-        sample_ids = range(first, min(first + batch_size, stop))
-        images = np.stack([_centre(shard_set[i], size) for i in sample_ids])
-        labels = shard_set.label_N[first : sample_ids.stop]
-        yield torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
-
-
-def _centre(image: Pixels, size: int) -> Pixels:
-    """Resize the shorter side and crop the centre."""
-    if image.shape[:2] == (size, size) and size <= 64:
-        return image
-    height, width = image.shape[:2]
-    shorter = round(size / 0.875) if size > 64 else size
-    scale = shorter / min(height, width)
-    resized = Image.fromarray(image).resize(
-        (max(size, round(width * scale)), max(size, round(height * scale))),
-        Image.Resampling.BICUBIC,
-    )
-    left, top = (resized.width - size) // 2, (resized.height - size) // 2
-    return np.array(resized.crop((left, top, left + size, top + size)))
+def default_threads(world: World) -> int:
+    """Return how many threads prepare a rank's batches: its part of this machine's cores."""
+    return max(1, num_cores() // world.num_local_ranks)

@@ -133,6 +133,34 @@ class BlockOrder:
         return ids[np.argsort(hash64(self.seed, epoch, ids), kind="stable")]
 
 
+def next_window(order: SampleOrder, epoch: int, start: int, stop: int) -> tuple[int, list[int]]:
+    """Return where other shards begin to be needed after a position, and which.
+
+    Args:
+        order: Any.
+        epoch: Epoch from 0.
+        start: Position the reading has reached.
+        stop: Position after the last that is read in this epoch.
+
+    Returns:
+        The first position after ``start`` that needs a shard which ``start`` does not, and the new
+        shards; ``stop`` and those of the next epoch's first position where there is none.
+    """
+    here = set(order.shards(epoch, start, start + 1))
+
+    def new(position: int) -> list[int]:
+        return [s for s in order.shards(epoch, start, position + 1) if s not in here]
+
+    known, step = start, 1  # nothing new up to here; doubled, then halved
+    while known + step < stop and not new(known + step):
+        known, step = known + step, 2 * step
+    beyond = min(known + step, stop)
+    while beyond - known > 1:
+        middle = (known + beyond) // 2
+        known, beyond = (known, middle) if new(middle) else (middle, beyond)
+    return (beyond, new(beyond)) if beyond < stop else (stop, order.shards(epoch + 1, 0, 1))
+
+
 def batches_per_epoch(num_positions: int, global_batch_size: int) -> int:
     """Return the global batches in an epoch; the last incomplete one is dropped.
 

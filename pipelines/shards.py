@@ -1,172 +1,244 @@
-"""A shard set: WebDataset tars, an index of every sample, and a manifest that is written last."""
+"""A shard set: images in WebDataset tars, read by place; nothing is kept but what is in use."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import operator
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fastclr.files import sha256_of
-from pipelines.decode import MAX_PIXELS, DamagedImage, Pixels, decode
-from pipelines.order import BlockOrder, Int64
+from fastclr.config import ConfigError
+from pipelines.decode import DamagedImage, Pixels, decode
+from pipelines.errors import ShardError
+from pipelines.index import BLOCK, Index, Kept, Sample, header_problem
+from pipelines.order import WINDOW, BlockOrder, Int64
+from pipelines.packed import FORMAT, MANIFEST, VERSION, LocalShards, RemoteShards
 
-FORMAT = "fastclr-shards"
-VERSION = 1
-MANIFEST = "manifest.json"
-_SHARD_FIELDS = {
-    "file": str,
-    "index": str,
-    "num_samples": int,
-    "num_bytes": int,
-    "sha256": str,
-    "index_sha256": str,
-}
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "VERSION",
+    "DamagedSample",
+    "Sample",
+    "ShardError",
+    "ShardSet",
+    "Storage",
+]
+
+CACHE_BYTES = 64 * 2**30
+MOST_SAMPLES = 2**18  # of the indexes in memory; 250 bytes each
+MOST_FILES = 64  # tars open at the same time
 
 
-class ShardError(RuntimeError):
-    """Shards that are missing, damaged or not what the manifest says; names shard and key."""
+class DamagedSample(ShardError):
+    """A sample whose bytes were read and are no good image: what ``data.on_damage`` is about.
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One row of a shard's index, a line of JSON.
-
-    Attributes:
-        key: WebDataset key; the tar holds ``key.extension`` and, with a label, ``key.cls``.
-        extension: ``jpg``, ``png`` or ``webp``.
-        offset: Place of the image's first byte in the tar.
-        num_bytes: Length of the image in bytes.
-        height: Height in pixels.
-        width: Width in pixels.
-        label: Class index, or None.
-        source: Where the image came from, relative to the packed source.
+    Args:
+        place: Shard and key.
+        reason: What is wrong, a predicate.
     """
 
-    key: str
-    extension: str
-    offset: int
-    num_bytes: int
-    height: int
-    width: int
-    label: int | None
-    source: str
+    def __init__(self, place: str, reason: object) -> None:
+        self.reason = str(reason)
+        super().__init__(
+            f"{place} {reason}. It was whole when it was packed: check the shard against its "
+            "sha256, restore it or pack again."
+        )
+
+
+class Storage(Protocol):
+    """Where a set's shards and indexes come from; its methods are called from any thread.
+
+    Attributes:
+        path: Folder, pattern or URL, without secrets.
+        digest: Changes when any sample does.
+        class_names: Names of the labels; empty without labels.
+        samples_of_shards: int64 (S,), samples in each shard.
+    """
+
+    path: Path | str
+    digest: str
+    class_names: list[str]
+    samples_of_shards: Int64
+
+    def file(self, number: int) -> str:
+        """Name a tar for an error."""
+        ...
+
+    def open(self, number: int) -> int:
+        """Open a tar; return its file descriptor, which the caller closes."""
+        ...
+
+    def index(self, number: int) -> Index:
+        """Read a shard's index."""
+        ...
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Begin to fetch shards that will be needed."""
+        ...
+
+    def verify(self, number: int) -> int:
+        """Compare a tar's sha256 with the manifest; return its length in bytes."""
+        ...
 
 
 class ShardSet:
-    """A validated shard set on local disk; `shard_set[i]` is image i, from any thread.
+    """A shard set; `shard_set[i]` is image i, from any thread.
+
+    A shard's index is read and checked at the first use of the shard. In memory are the indexes
+    last used, for :data:`MOST_SAMPLES` samples or two windows of the order, whichever is more.
 
     Attributes:
-        path: Its folder.
+        path: Its folder, pattern, or URL without secrets.
         class_names: Names of the labels; empty without labels.
         digest: sha256 of the manifest, which holds the sha256 of everything else.
-        label_N: int64 labels, -1 where there is none.
-        size_N2: int32 heights and widths in pixels.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], digest: str) -> None:
-        self.path = path
-        self.digest = digest
-        self.class_names: list[str] = manifest["class_names"]
-        self._manifest = manifest
-        self._files = [path / shard["file"] for shard in manifest["shards"]]
-        indexes = [_read_index(path, shard) for shard in manifest["shards"]]
-        self._samples = [sample for index in indexes for sample in index]
-        self._shard_N = np.repeat(np.arange(len(indexes)), [len(index) for index in indexes])
-        labels = [-1 if s.label is None else s.label for s in self._samples]
-        self.label_N: npt.NDArray[np.int64] = np.array(labels, np.int64)
-        sizes = [(s.height, s.width) for s in self._samples]
-        self.size_N2: npt.NDArray[np.int32] = np.array(sizes, np.int32).reshape(-1, 2)
-        self._check_samples()
+    def __init__(self, storage: Storage) -> None:
+        self.path, self.digest = storage.path, storage.digest
+        self.class_names = storage.class_names
+        self._storage = storage
+        self._counts = storage.samples_of_shards
+        self._ends = np.cumsum(self._counts)
+        self._firsts = self._ends - self._counts
+        most = max(MOST_SAMPLES, 2 * WINDOW * int(self._counts.max()))
+        self._indexes: Kept[Index] = Kept(storage.index, most, len)
+        self._files: Kept[_Descriptor] = Kept(lambda n: _Descriptor(storage.open(n)), MOST_FILES)
 
     @classmethod
-    def open(cls, path: str | Path) -> ShardSet:
-        """Open a folder made by ``tools/make_shards.py`` and check it against its manifest.
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        label_field: str | None = None,
+        max_damaged: float = 0.01,
+    ) -> ShardSet:
+        """Open a set from its manifest alone, or shards that have none.
 
-        Presence, sizes, indexes and their hashes are checked here; the hashes of the tars are in
-        :meth:`verify`, which reads everything.
+        Args:
+            path: Folder made by ``tools/make_shards.py``, here or behind a URL of any fsspec file
+                system; or tars made by others: a folder of them, one, a glob pattern, or names with
+                ``{000000..000099}``. These are indexed when they are first opened.
+            cache_dir: Folder for copies of remote shards, and for indexes of others' tars whose own
+                folder is read-only; None for ``fastclr`` in the user's cache folder.
+            cache_bytes: Bound of the copies of remote shards.
+            label_field: Field of a sample's ``.json`` that is its label, in tars made by others;
+                without it a ``.cls`` is the label.
+            max_damaged: Share of samples in tars made by others that may be unusable: they are left
+                out with a warning.
 
         Raises:
-            ShardError: If there is no manifest, or anything contradicts it.
+            ShardError: If there is no shard set, or anything contradicts its manifest.
+            OSError: If a remote manifest cannot be fetched.
         """
-        path = Path(path)
-        try:
-            raw = (path / MANIFEST).read_bytes()
-        except OSError as error:
-            raise ShardError(
-                f"{path} is no shard set: {MANIFEST} cannot be read ({error.strerror}). It is "
-                "written last, so packing was never finished here, or the path is wrong; run "
-                "`python tools/make_shards.py SOURCE --out DIR`."
-            ) from error
-        return cls(path, _parse_manifest(raw, path), hashlib.sha256(raw).hexdigest())
+        text = str(path)
+        if text.startswith("pipe:"):
+            raise ConfigError(f"{text} is a command: fastclr runs none. Give a folder or a URL.")
+        cache = Path(cache_dir) if cache_dir else user_cache()
+        if "://" in text:
+            return cls(RemoteShards(text, cache, cache_bytes))
+        from pipelines import foreign  # not needed for our own
+
+        if foreign.is_foreign(text):
+            return cls(foreign.ForeignShards(text, cache, label_field, max_damaged))
+        return cls(LocalShards(Path(path)))
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return int(self._ends[-1])
 
     @property
     def num_classes(self) -> int:
         """Number of classes; 0 without labels."""
         return len(self.class_names)
 
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self._counts)
+
+    @cached_property
+    def label_N(self) -> Int64:  # noqa: N802
+        """int64 labels of all samples, -1 where there is none; reads every index."""
+        return np.concatenate([index.label_N for index in self._all_indexes()])
+
+    @cached_property
+    def size_N2(self) -> npt.NDArray[np.int32]:  # noqa: N802
+        """int32 heights and widths of all samples in pixels; reads every index."""
+        return np.concatenate([index.size_N2 for index in self._all_indexes()])
+
     def sizes(self, sample_ids: Int64) -> npt.NDArray[np.int32]:
         """Return heights and widths in pixels, int32 (n, 2)."""
-        return self.size_N2[sample_ids]
+        out = np.empty((len(sample_ids), 2), np.int32)
+        for index, at, rows in self._by_shard(sample_ids):
+            out[at] = index.size_N2[rows]
+        return out
 
     def labels(self, sample_ids: Int64) -> Int64:
         """Return labels, int64 (n,); -1 where there is none."""
-        return self.label_N[sample_ids]
+        out = np.empty(len(sample_ids), np.int64)
+        for index, at, rows in self._by_shard(sample_ids):
+            out[at] = index.label_N[rows]
+        return out
 
     def order(self, seed: int) -> BlockOrder:
         """Return which sample stands where in each epoch."""
-        sizes = [shard["num_samples"] for shard in self._manifest["shards"]]
-        return BlockOrder(np.array(sizes, np.int64), seed=seed)
+        return BlockOrder(self._counts, seed=seed)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Begin to fetch shards that will be needed; nothing to do where they are local."""
+        self._storage.prefetch(shards)
 
     def read(self, sample_id: int) -> bytes:
         """Return the encoded image.
 
+        It is read together with the tar header before it, which has to name it.
+
         Raises:
-            ShardError: If the shard ends before it.
+            ShardError: If the shard ends before it, or holds something else there.
         """
-        sample, file = self._samples[sample_id], self._files[self._shard_N[sample_id]]
+        number, row = self._find(sample_id)
+        index = self._indexes[number]
+        offset, num_bytes = int(index.offset_N[row]), int(index.num_bytes_N[row])
         try:
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                data = os.pread(descriptor, sample.num_bytes, sample.offset)
-            finally:
-                os.close(descriptor)
+            data = self._files[number].read(offset - BLOCK, BLOCK + num_bytes)
         except OSError as error:
-            raise ShardError(f"{self._place(sample_id)} cannot be read: {error}.") from error
-        if len(data) != sample.num_bytes:
+            raise ShardError(f"{self.place(sample_id)} cannot be read: {error}.") from error
+        if len(data) != BLOCK + num_bytes:
             raise ShardError(
-                f"{self._place(sample_id)}: {len(data)} of {sample.num_bytes} bytes are there. The "
-                "shard was cut after it was opened; restore it or pack again."
+                f"{self.place(sample_id)}: {max(0, len(data) - BLOCK)} of {num_bytes} bytes are "
+                "there. The shard was cut after it was opened; restore it or pack again."
             )
-        return data
+        name = f"{index.keys[row]}.{index.extensions[row]}"
+        if problem := header_problem(data[:BLOCK], name, num_bytes):
+            raise ShardError(
+                f"{self.place(sample_id)}: {problem}. The tar is not as it was packed: restore it "
+                "or pack again."
+            )
+        return data[BLOCK:]
 
     def __getitem__(self, sample_id: int) -> Pixels:
         """Return the decoded image, uint8 (H, W, 3) RGB.
 
         Raises:
-            ShardError: If it cannot be read or decoded, or has another size than the index says.
+            DamagedSample: If it does not decode, or has another size than the index says.
+            ShardError: If it cannot be read.
         """
+        number, row = self._find(sample_id)
         try:
             pixels = decode(self.read(sample_id))
         except DamagedImage as error:
-            raise ShardError(
-                f"{self._place(sample_id)} {error}. It was whole when it was packed: check the "
-                "shard against its sha256, restore it or pack again."
-            ) from error
-        expected = tuple(self.size_N2[sample_id].tolist())
+            raise DamagedSample(self.place(sample_id), error) from error
+        expected = tuple(self._indexes[number].size_N2[row].tolist())
         if pixels.shape[:2] != expected:
-            raise ShardError(
-                f"{self._place(sample_id)} is {pixels.shape[:2]} pixels, its index says "
-                f"{expected}: the index belongs to another shard; pack again."
+            raise DamagedSample(
+                self.place(sample_id), f"is {pixels.shape[:2]} pixels, its index says {expected}"
             )
         return pixels
 
@@ -179,111 +251,63 @@ class ShardSet:
         Raises:
             ShardError: At the first shard that differs.
         """
-        for file, shard in zip(self._files, self._manifest["shards"], strict=True):
-            try:
-                found = sha256_of(file)
-            except OSError as error:
-                raise ShardError(f"{file} cannot be read: {error}.") from error
-            if found != shard["sha256"]:
-                raise ShardError(
-                    f"{file} has sha256 {found}, its manifest says {shard['sha256']}: its bytes "
-                    "changed after packing; restore it or pack again."
-                )
-            progress(shard["num_bytes"])
+        for number in range(self.num_shards):
+            progress(self._storage.verify(number))
 
     def source_of(self, sample_id: int) -> str:
         """Return where a sample came from, relative to the packed source."""
-        return self._samples[sample_id].source
+        number, row = self._find(sample_id)
+        return self._indexes[number].sources[row]
 
-    def _place(self, sample_id: int) -> str:
+    def _find(self, sample_id: int) -> tuple[int, int]:
+        """Return a sample's shard and its row there."""
+        i = operator.index(sample_id)
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        number = int(np.searchsorted(self._ends, i, "right"))
+        return number, i - int(self._firsts[number])
+
+    def _by_shard(self, sample_ids: Int64) -> Iterator[tuple[Index, Int64, Int64]]:
+        """Yield, for each shard of some samples: its index, their places here, their rows there."""
+        ids = np.asarray(sample_ids, np.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
+            raise IndexError(f"samples {ids.min()} to {ids.max()} of {len(self)}")
+        number_n = np.searchsorted(self._ends, ids, "right")
+        for number in np.unique(number_n).tolist():
+            at = np.flatnonzero(number_n == number)
+            yield self._indexes[number], at, ids[at] - self._firsts[number]
+
+    def _all_indexes(self) -> Iterator[Index]:
+        return (self._indexes[number] for number in range(self.num_shards))
+
+    def place(self, sample_id: int) -> str:
         """Name shard, key and source of a sample for an error."""
-        sample, file = self._samples[sample_id], self._files[self._shard_N[sample_id]]
-        return f"{file}, key {sample.key} (from {sample.source})"
-
-    def _check_samples(self) -> None:
-        """Check counts, keys and labels over all shards."""
-        if len(self) != self._manifest["num_samples"] or len(self) == 0:
-            raise ShardError(
-                f"{self.path}: the indexes list {len(self)} samples, the manifest says "
-                f"{self._manifest['num_samples']} (and 0 is not a data set); pack again."
-            )
-        if len({s.key for s in self._samples}) != len(self):
-            raise ShardError(f"{self.path}: a key appears twice in the indexes; pack again.")
-        if self.label_N.min() < -1 or self.label_N.max() >= self.num_classes:
-            raise ShardError(
-                f"{self.path}: labels run from {self.label_N.min()} to {self.label_N.max()}, "
-                f"there are {self.num_classes} classes; pack again."
-            )
+        number, row = self._find(sample_id)
+        index = self._indexes[number]
+        return f"{self._storage.file(number)}, key {index.keys[row]} (from {index.sources[row]})"
 
 
-def _parse_manifest(raw: bytes, path: Path) -> dict[str, Any]:
-    """Parse and check the manifest's own fields, and each tar's presence and size."""
-    try:
-        manifest = json.loads(raw)
-        kind = (manifest["format"], manifest["version"])
-        if kind == (FORMAT, VERSION):
-            _check_fields(manifest)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ShardError(f"{path / MANIFEST} is damaged ({error!r}): pack again.") from error
-    if kind != (FORMAT, VERSION):
-        raise ShardError(
-            f"{path / MANIFEST} is {kind[0]} version {kind[1]}, this fastclr reads {FORMAT} "
-            f"version {VERSION}: pack again with this version."
-        )
-    for shard in manifest["shards"]:
-        file, num_bytes = shard["file"], shard["num_bytes"]
-        for name in (file, shard["index"]):
-            if Path(name).name != name or name == "..":
-                raise ShardError(f"{path / MANIFEST} names {name!r}: only its own folder's files.")
-        try:
-            actual = (path / file).stat().st_size if (path / file).is_file() else None
-        except OSError:  # no name the file system could hold
-            actual = None
-        if actual != num_bytes:
-            raise ShardError(
-                f"{path / file} has {actual} bytes, its manifest says {num_bytes}: it is "
-                "missing or cut; restore it or pack again."
-            )
-    return manifest
+class _Descriptor:
+    """An open file, closed when the last thread that uses it lets go."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Return bytes from a place on, fewer only at the file's end."""
+        data = os.pread(self._descriptor, num_bytes, offset)
+        while len(data) < num_bytes:
+            more = os.pread(self._descriptor, num_bytes - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
 
 
-def _check_fields(manifest: dict[str, Any]) -> None:
-    """Raise KeyError or TypeError where a field is missing or of another type."""
-    if not isinstance(manifest["num_samples"], int):
-        raise TypeError("num_samples is no integer")
-    if not all(isinstance(name, str) for name in manifest["class_names"]):
-        raise TypeError("class_names are no strings")
-    for shard in manifest["shards"]:
-        for name, kind in _SHARD_FIELDS.items():
-            if not isinstance(shard[name], kind):
-                raise TypeError(f"{name} of a shard is {shard[name]!r}")
-
-
-def _read_index(path: Path, shard: dict[str, Any]) -> list[Sample]:
-    """Read one shard's index and check it against the manifest."""
-    file = path / shard["index"]
-    try:
-        raw = file.read_bytes()
-        if hashlib.sha256(raw).hexdigest() != shard["index_sha256"]:
-            raise ShardError(f"{file} does not have the sha256 of its manifest; pack again.")
-        samples = [Sample(**json.loads(line)) for line in raw.splitlines()]
-        fits = all(_fits(sample, shard["num_bytes"]) for sample in samples)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ShardError(f"{file} is missing or damaged ({error}): pack again.") from error
-    if len(samples) != shard["num_samples"] or not fits:
-        raise ShardError(f"{file} does not fit {shard['file']}: pack again.")
-    return samples
-
-
-def _fits(sample: Sample, tar_bytes: int) -> bool:
-    """Whether an index line has the types of a Sample and lies in its tar."""
-    label = -1 if sample.label is None else sample.label
-    numbers = (sample.offset, sample.num_bytes, sample.height, sample.width, label)
-    return (
-        all(isinstance(number, int) for number in numbers)
-        and all(isinstance(text, str) for text in (sample.key, sample.source))
-        and 0 <= sample.offset <= sample.offset + sample.num_bytes <= tar_bytes
-        and min(sample.height, sample.width) > 0
-        and sample.height * sample.width <= MAX_PIXELS
-        and abs(label) < 2**31
-    )
+def user_cache() -> Path:
+    """Return the folder for what can be made again."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fastclr"

@@ -25,6 +25,11 @@ def test_a_good_batch_returns_itself():
     assert good.check() is good
 
 
+@pytest.mark.parametrize("num_views", [3, 8])
+def test_more_views_than_two_are_a_batch(num_views):
+    batch(views_VBCHW=torch.zeros(num_views, B, 3, 8, 10, dtype=torch.uint8)).check()
+
+
 @pytest.mark.parametrize(
     "views",
     [
@@ -32,11 +37,12 @@ def test_a_good_batch_returns_itself():
         torch.zeros(2 * B, 3, 8, 10, dtype=torch.uint8),  # flattened
         torch.zeros(2, B, 8, 10, 3, dtype=torch.uint8),  # channels last in shape
         torch.zeros(1, B, 3, 8, 10, dtype=torch.uint8),  # one view: chunk(2) would pair images
-        torch.zeros(3, B, 3, 8, 10, dtype=torch.uint8),
+        torch.zeros(0, B, 3, 8, 10, dtype=torch.uint8),
+        torch.zeros(3, B, 1, 8, 10, dtype=torch.uint8),  # gray
     ],
 )
 def test_bad_views_are_refused(views):
-    with pytest.raises(ValueError, match=r"views are .*give uint8 \(2, B, 3, H, W\)"):
+    with pytest.raises(ValueError, match=r"views are .*give uint8 \(V, B, 3, H, W\)"):
         batch(views_VBCHW=views).check()
 
 

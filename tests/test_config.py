@@ -61,7 +61,7 @@ PROBLEMS = [
     ({"start_from": "a", "initial_weights": "b"}, "start_from is a and initial_weights b"),
     ({"seed": -1}, "seed is -1"),
     ({"seed": 2**63}, "seed is 9223372036854775808"),
-    ({"data.num_threads": 0}, "data.num_threads is 0"),
+    ({"data.num_threads": -1}, "data.num_threads is -1"),
     ({"data.prefetch": 0}, "data.prefetch is 0"),
     ({"log_every": 0}, "log_every is 0"),
     ({"checkpoint_every": -1}, "checkpoint_every is -1"),
@@ -81,6 +81,10 @@ PROBLEMS = [
     ({"optimizer.trust_coefficient": 0.0}, "optimizer.trust_coefficient is 0.0"),
     ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate is nan"),
     ({"views.blur_sigma": (0.1, float("inf"))}, "views.blur_sigma is 0.1 inf"),
+    ({"data.most_damaged": -1}, "data.most_damaged is -1"),
+    ({"views_second": ViewsConfig(size=32)}, "views_second.size is 32 and views.size 224"),
+    ({"views_second": ViewsConfig(flip_prob=2)}, "views_second.flip_prob is 2"),
+    ({"views_second": ViewsConfig(blur_sigma=(2, 1))}, "views_second.blur_sigma is 2 1"),
 ]
 
 
@@ -165,6 +169,17 @@ def test_every_value_survives_json():
     assert again == config
     assert isinstance(again.views.crop_scale, tuple)
     assert hash(again) == hash(config)
+
+
+def test_a_second_policy_survives_json():
+    second = ViewsConfig(crop_scale=(0.5, 1.0), jitter_prob=0.0)
+    config = replace(GOOD, views_second=second)
+    assert config.problems() == []
+    again = Config.from_dict(json.loads(json.dumps(asdict(config))))
+    assert again == config and isinstance(again.views_second, ViewsConfig)
+    values = asdict(GOOD)
+    del values["views_second"], values["data"]["on_damage"]  # as an older version wrote it
+    assert Config.from_dict(values) == GOOD
 
 
 @pytest.mark.parametrize("place", ["", "views", "optimizer"])

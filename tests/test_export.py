@@ -24,7 +24,7 @@ from fastclr.export import formats
 from fastclr.export.run import batches
 from fastclr.files import sha256_of
 from fastclr.simclr import SimCLR
-from pipelines import loader
+from pipelines import evaluation_views
 
 PLAIN = EncoderConfig("resnet10", 1.0, "imagenet")
 TINY = EncoderConfig("resnet10", 0.125, "small")
@@ -190,7 +190,7 @@ def test_timms_transform_makes_our_views(size):
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     pixels = np.random.default_rng(0).integers(0, 256, (300, 600, 3), np.uint8)
     theirs = transform(Image.fromarray(pixels))
-    ours = torch.from_numpy(loader._centre(pixels, size)).permute(2, 0, 1) / 255
+    ours = torch.from_numpy(evaluation_views._centre(pixels, size)).permute(2, 0, 1) / 255
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
-from fastclr.facts import hardware, num_cores, redacted, versions
+import pytest
+
+from fastclr import facts
+from fastclr.facts import free_memory, hardware, num_cores, redacted, versions
 
 
 def test_secrets_are_taken_out_at_any_depth():
@@ -26,3 +30,24 @@ def test_versions_and_hardware_are_told():
     found = hardware("cpu")
     assert found["device"] == "cpu" and found["processor"]
     assert found["cores"] == num_cores() >= 1
+
+
+def limit_memory(folder: Path, limit: str, current: int, cache: int) -> None:
+    """Write what a control group of version 2 tells."""
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{current}\n")
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\nactive_file 7\n")
+
+
+def test_free_memory_is_what_the_control_group_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts, "CONTROL_GROUP", tmp_path)
+    of_machine = free_memory()  # no group
+    assert of_machine > 2**20
+    limit_memory(tmp_path, "max", 10, 3)
+    assert free_memory() > of_machine / 2
+    limit_memory(tmp_path, "1000000", 400_000, 50_000)
+    assert free_memory() == 650_000
+    limit_memory(tmp_path, "1000000", 1_400_000, 0)
+    assert free_memory() == 0

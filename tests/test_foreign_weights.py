@@ -146,6 +146,7 @@ def test_other_forms_of_the_same_weights(tmp_path, content):
         features(ours, batch), features(theirs, batch), rtol=0, atol=0.01 if is_half else 0
     )
     assert "nothing is folded" in said
+    assert "Google" not in said, "more than weights is in a trainer's own checkpoint"
 
 
 def _tensors(content: dict[str, Any]) -> list[torch.Tensor]:

@@ -146,6 +146,13 @@ def test_what_a_line_says(tmp_path, capsys):
     )
 
 
+def test_damaged_samples_are_told_if_there_are_any(tmp_path, capsys):
+    for damaged, told in ((0, False), (3, True)):
+        with MetricsLog(tmp_path / f"{damaged}.jsonl", 0) as log:
+            log.write(row(1, damaged_samples=damaged), 2)
+        assert ("3 damaged" in capsys.readouterr().err) == told
+
+
 def test_unknown_length(tmp_path, capsys):
     with MetricsLog(tmp_path / "m", 0) as log:
         log.write(row(3, eta_seconds=None), None)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from fastclr.config import (
     Config,
-    DataConfig,
     EncoderConfig,
     HeadConfig,
     LossConfig,
@@ -25,7 +24,6 @@ def simclr_v1_paper() -> Config:
         optimizer=OptimizerConfig(name="LARS", base_learning_rate=0.3, weight_decay=1e-6),
         epochs=100,
         global_batch_size=4096,
-        data=DataConfig(num_threads=8),
     )
 
 

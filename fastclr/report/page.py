@@ -208,6 +208,8 @@ def _header(run_dir: Path, record: Mapping, summary: Mapping, scores: Mapping | 
         f"({data['num_samples']:,} images) · {summary['images']:,} images seen in {minutes} minutes"
         f" · {ranks} on {device} ({hardware['cores']} CPU cores)"
     )
+    if damaged := summary.get("damaged_samples"):  # older runs did not count them
+        line += f" · {damaged:,} damaged images replaced by others"
     numbers = [
         ("images/s", f"{summary['images_per_second']:,.0f}", "source images, two views each"),
         ("data wait", f"{summary['data_wait_fraction']:.1%}", "of the time spent in training"),

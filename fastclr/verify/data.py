@@ -66,6 +66,13 @@ class Images:
     def __len__(self) -> int:
         return len(self.size_N2)
 
+    def place(self, sample_id: int) -> str:
+        """Name an image."""
+        return f"image {sample_id}"
+
+    def prefetch(self, shards: list[int]) -> None:
+        """Take a hint; nothing is read from anywhere."""
+
     def sizes(self, sample_ids: Int64) -> npt.NDArray[np.int32]:
         """Return heights and widths in pixels, int32 (n, 2)."""
         return self.size_N2[sample_ids]

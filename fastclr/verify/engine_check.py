@@ -32,6 +32,7 @@ class Watched:
 
     batches_per_epoch = 1
     wait_seconds = 0.0
+    num_views, num_damaged = 2, 0
 
     def __init__(self, case: Case) -> None:
         self.case, self.micro_batch_size = case, case.images_per_rank

@@ -45,7 +45,8 @@ def test_packing_an_empty_class(pack, photos, tmp_path):
 def test_packing_a_file_that_is_no_image(pack, photos, tmp_path):
     shutil.copytree(photos.images / "test", tmp_path / "images")
     (tmp_path / "images" / "rocket" / "notes.txt").write_text("not an image")
-    refused(pack(tmp_path / "images"), "1 of 161 files", "rocket/notes.txt", "Remove or repair")
+    done = pack(tmp_path / "images")
+    refused(done, "1 of 161 files", "rocket/notes.txt", "Remove or repair", code=65)
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ class Views:
 
     batches_per_epoch = NUM_STEPS
     wait_seconds = 0.0
+    num_views, num_damaged = 2, 0
 
     def __init__(self, world: World, chunks: int) -> None:
         positions_KRB = torch.arange(NUM_IMAGES).view(chunks, world.num_ranks, -1)

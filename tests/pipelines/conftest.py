@@ -84,4 +84,4 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shard_set(source: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """The source, packed into shards of 8, 8 and 5. Read only."""
     out = tmp_path_factory.mktemp("packed") / "train"
-    return write_shards(source, out, samples_per_shard=8, num_threads=2)
+    return write_shards(source, out, samples_per_shard=8)

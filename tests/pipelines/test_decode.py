@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import resource
 import struct
@@ -18,7 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.decode import MAX_PIXELS, DamagedImage, Pixels, check_image, decode
+from pipelines.decode import (
+    MAX_PIXELS,
+    DamagedImage,
+    Pixels,
+    check_header,
+    check_image,
+    decode,
+)
 
 Picture = Callable[..., Pixels]
 Encode = Callable[..., bytes]
@@ -115,6 +123,75 @@ def png_claiming(width: int, height: int) -> bytes:
 def jpeg_claiming(jpeg: bytes, width: int, height: int) -> bytes:
     at = jpeg.find(b"\xff\xc0") + 5
     return jpeg[:at] + struct.pack(">HH", height, width) + jpeg[at + 4 :]
+
+
+HEADER = struct.pack(">IIBBBBB", 48, 64, 8, 2, 0, 0, 0)
+
+
+def small_png(pixels: Pixels, *more: bytes, stream: bytes | None = None, end: bool = True) -> bytes:
+    """A PNG of 64 x 48 RGB pixels, unfiltered, with chunks between its header and its pixels."""
+    raw = b"".join(b"\0" + row.tobytes() for row in pixels)
+    chunks = [chunk(b"IHDR", HEADER), *more, chunk(b"IDAT", stream or zlib.compress(raw))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + (chunk(b"IEND", b"") if end else b"")
+
+
+CHUNKS = {
+    "none": [],
+    "transparent colour": [chunk(b"tRNS", bytes([0, 3, 0, 7, 0, 1]))],
+    "gamma": [chunk(b"gAMA", struct.pack(">I", 45455))],
+    "linear gamma": [chunk(b"gAMA", struct.pack(">I", 100000))],
+    "standard colours": [chunk(b"sRGB", b"\0")],
+    "chromaticities": [chunk(b"cHRM", struct.pack(">8I", *[31270, 32900] * 4))],
+    "fewer bits": [chunk(b"sBIT", bytes([5, 5, 5]))],
+    "suggested palette": [chunk(b"PLTE", bytes(range(30)))],
+    "text": [chunk(b"tEXt", b"a\0b")],
+    "unknown": [chunk(b"prVt", b"x")],
+    "unknown and critical": [chunk(b"PRVT", b"x")],
+}
+
+
+@pytest.mark.parametrize("more", CHUNKS)
+def test_chunks_of_a_png_change_no_pixel(picture: Picture, more: str) -> None:
+    pixels = picture(64, 48)
+    data = small_png(pixels, *CHUNKS[more])
+    assert np.array_equal(decode(data), pixels)
+    assert np.array_equal(np.array(Image.open(io.BytesIO(data)).convert("RGB")), pixels)
+
+
+def test_a_small_png_is_damaged_or_not_as_the_check_says(picture: Picture) -> None:
+    pixels = picture(64, 48)
+    raw = b"".join(b"\0" + row.tobytes() for row in pixels)
+    filter_9 = b"\x09" + raw[1:]
+    damaged = {
+        "few pixels": small_png(pixels, stream=zlib.compress(raw[:-100])),
+        "stream cut": small_png(pixels, stream=zlib.compress(raw)[:-50]),
+        "no such filter": small_png(pixels, stream=zlib.compress(filter_9)),
+        "no stream": small_png(pixels, stream=b"x" * 100),
+        "header's sum": small_png(pixels).replace(chunk(b"IHDR", HEADER)[-4:], b"\1\2\3\4", 1),
+        "no pixels": small_png(pixels)[:40],
+    }
+    for what, data in damaged.items():
+        for function in (check_image, decode):
+            with pytest.raises(DamagedImage):
+                function(data)
+                pytest.fail(what)
+    endless, more = small_png(pixels, end=False), small_png(pixels) + b"more"
+    with pytest.raises(DamagedImage, match="is truncated"):
+        check_image(endless)  # though all of its pixels are there
+    assert check_image(more) == ("png", 64, 48)
+    assert all(np.array_equal(decode(data), pixels) for data in (endless, more))
+
+
+def test_small_pngs_take_the_short_way(
+    picture: Picture, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = (encode(picture(side, 64), "PNG") for side in (64, 65))
+    alpha = encode(Image.fromarray(picture(9, 9)).convert("RGBA"), "PNG")
+    monkeypatch.setattr("pipelines.decode._open", None)
+    assert np.array_equal(decode(small), picture(64, 64)) and decode(small).flags.writeable
+    for data in (large, alpha):
+        with pytest.raises(DamagedImage, match="NoneType"):
+            decode(data)
 
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
@@ -243,3 +320,68 @@ def test_threads_leave_the_warning_filters_alone(jpeg: bytes) -> None:
         thread.join()
     sys.setswitchinterval(interval)
     assert list(warnings.filters) == before
+
+
+def test_headers_tell_the_size_of_every_mode(picture: Picture, encode: Encode) -> None:
+    image = Image.fromarray(picture(20, 31))
+    gray, cmyk = image.convert("L"), image.convert("CMYK")
+    deep = Image.fromarray(np.arange(620, dtype=np.uint16).reshape(20, 31))
+    images = [(image, kind) for kind in ("JPEG", "PNG", "WEBP")]
+    images += [(gray, "JPEG"), (cmyk, "JPEG"), (deep, "PNG"), (image.quantize(9), "PNG")]
+    for source, kind in images:
+        assert check_header(encode(source, kind)) == (20, 31)
+    assert check_header(encode(image, "JPEG") + b"appended by a camera") == (20, 31)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        assert check_header(encode(picture(1, 1), kind)) == (1, 1)
+
+
+def test_headers_are_read_without_decoding(
+    jpeg: bytes, picture: Picture, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [encode(picture(9, 9 + k), kind) for k in (0, 1) for kind in ("PNG", "WEBP")]
+    monkeypatch.setattr("pipelines.decode.check_image", lambda data: pytest.fail("decoded"))
+    found = [check_header(data) for data in (jpeg, *others)]
+    assert found == [(224, 224), (9, 9), (9, 9), (9, 10), (9, 10)]
+
+
+@pytest.mark.parametrize("damage", ["half", "100 bytes short", "no end marker", "empty"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_what_is_cut_is_refused_by_its_header(
+    picture: Picture, encode: Encode, damage: str, kind: str
+) -> None:
+    """As by the strict check: a cut that costs no pixel is no damage to it either."""
+    bad = DAMAGE[damage](encode(picture(64, 64), kind))
+    try:
+        expected = check_image(bad)[1:]
+    except DamagedImage:
+        with pytest.raises(DamagedImage):
+            check_header(bad)
+    else:
+        assert check_header(bad) == expected
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_headers_of_too_many_pixels_are_refused(kind: str, jpeg: bytes) -> None:
+    data = png_claiming(9500, 9500) if kind == "png" else jpeg_claiming(jpeg, 9500, 9500)
+    with pytest.raises(DamagedImage, match=r"pixels, more than the limit|exceeds limit"):
+        check_header(data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_no_header_raises_anything_else(
+    kind: str, data: st.DataObject, encode: Encode, picture: Picture
+) -> None:
+    raw = bytearray(encode(picture(16, 16), kind))
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, min(40, len(raw) - 1)))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(DamagedImage):
+        height, width = check_header(bytes(raw))
+        assert height > 0 and width > 0 and height * width <= MAX_PIXELS
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_one_pixel_is_an_image(picture: Picture, encode: Encode, kind: str) -> None:
+    data = encode(picture(1, 1), kind)
+    assert check_image(data)[1:] == (1, 1) and decode(data).shape == (1, 1, 3)

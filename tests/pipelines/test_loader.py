@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import json
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastclr.batch import Batch
 from fastclr.config import ConfigError
 from fastclr.world import World
 from pipelines.augment_kornia import augment as kornia
 from pipelines.backends import BACKENDS, ViewByView
-from pipelines.loader import Loader, evaluation_batches, make_loader
+from pipelines.loader import Loader, default_threads, make_loader
 from pipelines.order import permutation
 from pipelines.policy import SimCLRPolicy
 from pipelines.shards import ShardError, ShardSet
+from tests.pipelines.fakes import FakeSet, ParamsBackend
 
 POLICY = SimCLRPolicy(size=20, color_strength=0.5)
 THREADS = "fastclr-loader"
@@ -31,8 +34,8 @@ THREADS = "fastclr-loader"
 
 def make(shard_set: ShardSet, micro: int = 4, ranks: int = 1, rank: int = 0, **more: Any) -> Loader:
     world = World(rank, ranks, rank, ranks)
-    settings = {"seed": 3, "num_threads": 2, "prefetch": 2, "world": world} | more
-    return make_loader(shard_set, POLICY, micro_batch_size=micro, **settings)
+    settings = {"seed": 3, "num_threads": 2, "prefetch": 2, "world": world, "backend": "kornia"}
+    return make_loader(shard_set, POLICY, micro_batch_size=micro, **settings | more)
 
 
 def take(loader: Loader, n: int) -> list[Batch]:
@@ -257,7 +260,9 @@ def test_waiting_is_counted(shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_unknown_backend_is_refused(shard_set: ShardSet) -> None:
-    with pytest.raises(ConfigError, match="backend 'dahli' is unknown: choose from kornia"):
+    with pytest.raises(
+        ConfigError, match="backend 'dahli' is unknown: choose from threads, kornia"
+    ):
         make(shard_set, backend="dahli")
 
 
@@ -272,80 +277,240 @@ def test_the_launcher_says_which_rank(shard_set: ShardSet, monkeypatch: pytest.M
     assert make(shard_set, world=None).world == World(1, 2, 1, 2)
 
 
-@pytest.mark.parametrize("batch_size", [1, 8, 21, 256])
-def test_evaluation_sees_every_image_once_in_order(shard_set: ShardSet, batch_size: int) -> None:
-    batches = list(evaluation_batches(shard_set, 16, batch_size))
-    full, rest = divmod(21, batch_size)
-    assert [len(x) for x, _ in batches] == [batch_size] * full + [rest] * (rest > 0)
-    x_NCHW, label_N = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert x_NCHW.shape == (21, 3, 16, 16) and x_NCHW.dtype == torch.uint8
-    assert label_N.dtype == torch.int64 and label_N.tolist() == shard_set.label_N.tolist()
-    assert batches[0][0].is_contiguous(memory_format=torch.channels_last)
-    ((whole, _),) = evaluation_batches(shard_set, 16, 21)
-    assert torch.equal(x_NCHW, whole)
+@pytest.fixture
+def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back-ends that take two images at a time and write down the numbers they got."""
+    for name, takes_bytes in {"pixels": False, "bytes": True}.items():
+        monkeypatch.setitem(
+            BACKENDS, name, lambda p, d, n, takes=takes_bytes: ParamsBackend(p, 2, takes)
+        )
 
 
-@pytest.mark.parametrize("limit", [None, 1, 2, 13, 21, 99])
-@pytest.mark.parametrize("ranks", [2, 3, 5, 30])
-def test_the_ranks_together_evaluate_every_image_once_in_order(
-    shard_set: ShardSet, ranks: int, limit: int | None
+SMALL = SimCLRPolicy(size=12)
+
+
+def make_many(images: FakeSet, micro: int, ranks: int = 1, rank: int = 0, **more: Any) -> Loader:
+    settings = {"backend": "pixels", "seed": 3, "num_threads": 2, "prefetch": 2}
+    settings |= {"world": World(rank, ranks, rank, ranks)} | more
+    return make_loader(images, SMALL, micro_batch_size=micro, **settings)
+
+
+def test_1000_places_are_the_same_on_any_ranks_and_after_resume_on_others(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = list(evaluation_batches(shard_set, 16, 21, limit=limit))
-    x_NCHW, label_N = (torch.cat(parts) for parts in zip(*whole, strict=True))
-    assert len(label_N) == min(limit or 21, 21)
-    parts = [
-        list(evaluation_batches(shard_set, 16, 2, World(r, ranks, r, ranks), limit))
-        for r in range(ranks)
-    ]
-    sizes = [sum(len(labels) for _, labels in part) for part in parts]
-    assert max(sizes) - min(sizes) <= 1
-    batches = [batch for part in parts for batch in part]
-    assert torch.equal(torch.cat([x for x, _ in batches]), x_NCHW)
-    assert torch.cat([y for _, y in batches]).tolist() == label_N.tolist()
+    """420 samples in 60 shards, windows of 7 shards: 840 places are two whole epochs, 160 more."""
+    images = FakeSet([7] * 60, window=7)
+    monkeypatch.setitem(BACKENDS, "pixels", lambda p, d, n: ParamsBackend(p, 16))
+    micro_of = {1: 84, 2: 42, 3: 28, 4: 21, 7: 12}  # batches of 84
+
+    def batches(ranks: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        loaders = [make_many(images, micro_of[ranks], ranks, r) for r in range(ranks)]
+        for loader in loaders:
+            start = {"epoch": first // 5, "position": first % 5 * 84}
+            loader.load_state_dict({**loader.state_dict(), **start})
+        parts = list(zip(*(take(loader, last - first) for loader in loaders), strict=True))
+        flat = [batch for part in parts for batch in part]
+        state = loaders[0].state_dict()
+        assert all(loader.state_dict() == state for loader in loaders)
+        assert (state["epoch"] * 5 + state["position"] // 84) == last
+        return torch.cat([b.sample_id_B for b in flat]), torch.cat([b.views_VBCHW for b in flat], 1)
+
+    num_batches = -(-1000 // 84)
+    ids_X, views_X = batches(1, 0, num_batches)
+    assert len(ids_X) >= 1000
+    order = images.order(3)
+    expected = [order.ids(epoch, 0, 420) for epoch in range(3)]
+    assert ids_X.tolist() == np.concatenate(expected)[: len(ids_X)].tolist()
+    for ranks in (2, 3, 4, 7):
+        found_X, found_views_X = batches(ranks, 0, num_batches)
+        assert torch.equal(found_X, ids_X) and torch.equal(found_views_X, views_X)
+    for before, after, stop in [(1, 7, 3), (7, 2, 5), (3, 4, 11)]:
+        parts = [batches(before, 0, stop), batches(after, stop, num_batches)]
+        assert torch.equal(torch.cat([ids for ids, _ in parts]), ids_X)
+        assert torch.equal(torch.cat([views for _, views in parts], 1), views_X)
 
 
-def test_a_rank_reads_its_own_part_only(picture: Any) -> None:
-    class Noted(list):
-        label_N = np.zeros(11, np.int64)
+class Huge(FakeSet):
+    """10^9 samples in 10^5 shards."""
 
-        def __getitem__(self, index: Any) -> Any:
-            read.append(index)
-            return super().__getitem__(index)
+    def __init__(self) -> None:
+        super().__init__(np.full(100_000, 10_000).tolist())
 
-    read: list[int] = []
-    images = Noted([picture(16, 16, k) for k in range(11)])
-    list(evaluation_batches(images, 16, 3, World(1, 3, 1, 3), limit=10))  # type: ignore[arg-type]
-    assert read == [3, 4, 5]
+    def __len__(self) -> int:
+        return 10**9
 
 
-def evaluated(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The view of one image; a list is as good as a shard set."""
-
-    class One(list):
-        label_N = np.array([0])
-
-    ((x_NCHW, _),) = evaluation_batches(One([pixels]), size)  # type: ignore[arg-type]
-    return x_NCHW[0].permute(1, 2, 0).numpy()
-
-
-def test_evaluation_of_small_sizes_is_the_centre(picture: Any) -> None:
-    image = picture(32, 32)
-    assert np.array_equal(evaluated(image, 32), image)
-    wide = picture(32, 48)
-    assert np.array_equal(evaluated(wide, 32), wide[:, 8:40])
-    tall = picture(50, 32)
-    assert np.array_equal(evaluated(tall, 32), tall[9:41])
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("position", [0, 123_456_789, 10**9 - 3])
+def test_resume_in_a_billion_samples_is_instant(position: int) -> None:
+    images = Huge()
+    started = time.perf_counter()
+    loader = make_many(images, 4, 2, 1)
+    loader.load_state_dict({**loader.state_dict(), "epoch": 70, "position": position})
+    (batch,) = take(loader, 1)
+    assert time.perf_counter() - started < 1
+    state = loader.state_dict()
+    assert len(json.dumps(state)) < 200 and json.loads(json.dumps(state)) == state
+    place = (70, position) if position + 8 <= 10**9 else (71, 0)
+    expected = images.order(3).ids(place[0], place[1] + 4, place[1] + 8)
+    assert batch.sample_id_B.tolist() == expected.tolist()
+    assert (state["epoch"], state["position"]) == (place[0], place[1] + 8)
 
 
-@pytest.mark.parametrize(("height", "width"), [(70, 70), (96, 96), (120, 96), (1, 9)])
-def test_evaluation_above_64_pixels_crops_seven_eighths(
-    picture: Any, height: int, width: int
-) -> None:
-    image = picture(height, width)
-    scale = 110 / min(height, width)
-    resized = Image.fromarray(image).resize(
-        (round(width * scale), round(height * scale)), Image.Resampling.BICUBIC
+@pytest.mark.usefixtures("chunked")
+def test_a_state_of_another_version_is_refused() -> None:
+    loader = make_many(FakeSet((9,)), 3)
+    state = {**loader.state_dict(), "position": 3}
+    with pytest.raises(ConfigError, match="loader state has version 2, this fastclr reads 1"):
+        loader.load_state_dict({**state, "version": 2})
+    del state["version"]  # as the first ones were written
+    loader.load_state_dict(state)
+    assert loader.state_dict()["position"] == 3
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("micro", [1, 5, 17, 30])
+def test_the_set_is_told_of_every_window_before_it_is_read(micro: int) -> None:
+    class Watched(FakeSet):
+        def pixels(self, sample_id: int) -> np.ndarray:
+            shard = int(np.searchsorted(np.cumsum(self.shard_sizes), sample_id, "right"))
+            with lock:
+                early.append(any(shard in hint for hint in self.hints))
+            return super().pixels(sample_id)
+
+    early: list[bool] = []
+    lock = threading.Lock()
+    images = Watched([3] * 40, window=4)  # ten windows of 12 samples
+    loader = make_many(images, micro)
+    count = 2 * loader.batches_per_epoch
+    take(loader, count)
+    assert len(early) >= count * micro and all(early)
+    order = images.order(3)
+    windows = [order.shards(e, p, p + 1) for e in range(3) for p in range(0, 120, 12)]
+    told = len(images.hints)
+    assert images.hints == windows[:told], "each once, in order, on into the next epoch"
+    assert told > 20
+
+
+@pytest.mark.usefixtures("chunked")
+def test_hints_come_one_window_ahead_also_after_resume() -> None:
+    images = FakeSet([3] * 40, window=4)
+    loader = make_many(images, 6, num_threads=1, prefetch=1)
+    loader.load_state_dict({**loader.state_dict(), "epoch": 1, "position": 102})
+    batches = iter(loader)
+    next(batches)  # 102..107 is in window 8; 108..113, prepared ahead, in the last one
+    order = images.order(3)
+    windows = [order.shards(1, p, p + 1) for p in (96, 108)] + [order.shards(2, 0, 1)]
+    assert images.hints == windows
+    batches.close()  # type: ignore[attr-defined]
+
+
+def test_each_view_may_have_its_own_policy(shard_set: ShardSet) -> None:
+    still = SimCLRPolicy(size=20, flip_prob=0, jitter_prob=0, grayscale_prob=0, blur_prob=0)
+    policies = [POLICY, still, POLICY]
+    world = World()
+    loader = make_loader(
+        shard_set, policies, micro_batch_size=4, seed=3, world=world, backend="kornia"
     )
-    left, top = (resized.width - 96) // 2, (resized.height - 96) // 2
-    expected = np.array(resized.crop((left, top, left + 96, top + 96)))
-    assert np.array_equal(evaluated(image, 96), expected)
+    assert loader.num_views == 3 and make(shard_set).num_views == 2
+    (batch,) = take(loader, 1)
+    assert batch.check().views_VBCHW.shape == (3, 4, 3, 20, 20)
+    sample_ids = batch.sample_id_B.numpy()
+    images = [shard_set[i] for i in sample_ids]
+    for view, policy in enumerate(policies):
+        params = policy.draw(
+            seed=3,
+            epoch=0,
+            positions=np.arange(4),
+            view=view,
+            sizes_N2=shard_set.size_N2[sample_ids],
+        )
+        expected = kornia(images, params, policy, torch.device("cpu"))
+        assert torch.equal(batch.views_VBCHW[view], expected.permute(0, 3, 1, 2))
+    assert not torch.equal(batch.views_VBCHW[0], batch.views_VBCHW[2])
+
+
+@pytest.mark.parametrize(
+    "policies", [[POLICY], [], [POLICY, SimCLRPolicy(size=24)]], ids=["one", "none", "two sizes"]
+)
+def test_policies_that_make_no_batch_are_refused(shard_set: ShardSet, policies: Any) -> None:
+    with pytest.raises(ConfigError, match="give two or more of one size"):
+        make_loader(shard_set, policies, micro_batch_size=4, world=World())
+
+
+def test_threads_default_to_this_ranks_part_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.loader.num_cores", lambda: 8)
+    for local_ranks, expected in {1: 8, 3: 2, 16: 1}.items():
+        assert default_threads(World(0, local_ranks, 0, local_ranks)) == expected
+
+
+class Failing(ParamsBackend):
+    """Fails, or hangs, at one call."""
+
+    def __init__(self, policies: Any, at: int, event: threading.Event | None = None) -> None:
+        super().__init__(policies)
+        self.at, self.event = at, event
+        self.numbers = itertools.count()
+
+    def __call__(self, images: Any, params: Any) -> torch.Tensor:
+        if next(self.numbers) == self.at:
+            if self.event is None:
+                raise FloatingPointError("a chunk breaks")
+            self.event.wait(30)
+        return super().__call__(images, params)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_an_exception_in_one_chunk_surfaces_once(
+    monkeypatch: pytest.MonkeyPatch, num_threads: int
+) -> None:
+    monkeypatch.setitem(BACKENDS, "failing", lambda p, d, n: Failing(p, 7))
+    # Batches of 5 are 3 chunks: the 8th call is of the third batch, give or take a chunk.
+    loader = make_many(FakeSet([30]), 5, backend="failing", num_threads=num_threads, prefetch=1)
+    batches = iter(loader)
+    done = 0
+    with pytest.raises(FloatingPointError, match="a chunk breaks"):
+        for _ in batches:
+            done += 1
+    assert done in ((2,) if num_threads == 1 else (1, 2, 3))
+    assert loader.state_dict()["position"] == 5 * done
+    assert list(batches) == [], "it surfaces again"
+    wait_for_no_threads()
+    assert take(loader, 1)[0].sample_id_B.tolist() == (
+        FakeSet([30]).order(3).ids(0, 5 * done, 5 * done + 5).tolist()
+    )
+
+
+def test_a_chunk_that_hangs_does_not_block_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    monkeypatch.setitem(BACKENDS, "hanging", lambda p, d, n: Failing(p, 7, released))
+    loader = make_many(FakeSet([30]), 5, backend="hanging", num_threads=2, prefetch=2)
+    batches = iter(loader)
+    next(batches)
+    started = time.perf_counter()
+    batches.close()  # type: ignore[attr-defined]
+    assert time.perf_counter() - started < 1
+    released.set()
+    wait_for_no_threads()
+
+
+@pytest.mark.usefixtures("chunked")
+def test_a_loader_dropped_with_its_iterator_is_freed() -> None:
+    loader = make_many(FakeSet([30]), 5, num_threads=3)
+    batches = iter(loader)
+    next(batches)
+    gone = weakref.ref(loader)
+    del batches, loader
+    wait_for_no_threads()
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.usefixtures("chunked")
+def test_memory_is_bounded_by_the_prefetched_batches() -> None:
+    images = FakeSet([300])
+    batches = iter(make_many(images, 5, num_threads=3, prefetch=4))
+    next(batches)
+    time.sleep(0.3)
+    assert len(images.reads) == 25, "more than four batches ahead"
+    batches.close()  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastclr.config import ConfigError
@@ -15,6 +15,7 @@ from pipelines.order import (
     BlockOrder,
     batches_per_epoch,
     hash64,
+    next_window,
     permutation,
     places,
     uniforms,
@@ -159,3 +160,28 @@ def test_an_epoch_drops_its_incomplete_batch() -> None:
     assert batches_per_epoch(21, 4) == 5
     with pytest.raises(ConfigError, match="has 3 samples and a global batch 4"):
         batches_per_epoch(3, 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_the_next_window_is_where_new_shards_begin(data: st.DataObject) -> None:
+    shard_sizes = np.maximum(sizes(data), 1)
+    window = data.draw(st.integers(1, 5))
+    order = BlockOrder(shard_sizes, seed=1, window=window)
+    stop = data.draw(st.integers(1, order.num_positions))
+    start = data.draw(st.integers(0, stop - 1))
+    here = set(order.shards(2, start, start + 1))
+    expected = (stop, order.shards(3, 0, 1))
+    for position in range(start + 1, stop):
+        if new := [s for s in order.shards(2, position, position + 1) if s not in here]:
+            expected = (position, new)
+            break
+    assert next_window(order, 2, start, stop) == expected
+
+
+def test_the_next_window_is_found_in_a_billion_samples() -> None:
+    order = BlockOrder(np.full(100_000, 10_000), seed=1)
+    started = time.perf_counter()
+    assert next_window(order, 0, 5, 10**9)[0] == 160_000
+    assert next_window(order, 0, 10**9 - 160_000, 10**9) == (10**9, order.shards(1, 0, 1))
+    assert time.perf_counter() - started < 0.5

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipelines.shards import ShardError, ShardSet
+import pipelines.packed as shards_of
+from fastclr.config import ConfigError
+from pipelines.shards import Sample, ShardError, ShardSet
 
+FIELDS = [
+    "file",
+    "index",
+    "dali_index",
+    "num_samples",
+    "num_bytes",
+    "sha256",
+    "index_sha256",
+    "dali_index_sha256",
+]
 Edit = Callable[[dict[str, Any]], object]
 
 
@@ -54,14 +71,37 @@ def refuse(packed: Path, *parts: str) -> None:
         assert part in str(caught.value)
 
 
+def refuse_at_first_use(packed: Path, *parts: str) -> None:
+    """Every way into a shard meets what is wrong with its index."""
+    whole = ShardSet.open(packed)
+    uses: list[Callable[[], object]] = [
+        lambda: whole[3],
+        lambda: whole.read(0),
+        lambda: whole.sizes(np.array([20, 2])),
+        lambda: whole.labels(np.array([7])),
+        lambda: whole.label_N,
+        lambda: whole.size_N2,
+        lambda: whole.source_of(1),
+    ]
+    for use in uses:
+        with pytest.raises(ShardError) as caught:
+            use()
+        for part in (str(packed), *parts):
+            assert part in str(caught.value)
+    assert whole[10].shape[2] == 3  # the other shards are as good as before
+
+
 def test_an_untouched_copy_opens(packed: Path, shard_set: ShardSet) -> None:
     copy = ShardSet.open(str(packed))
     copy.verify()
     assert copy.digest == shard_set.digest and len(copy) == 21
     assert copy.label_N.dtype == np.int64 and copy.size_N2.dtype == np.int32
     assert [image.shape[:2] for image in copy] == [tuple(size) for size in copy.size_N2.tolist()]
-    with pytest.raises(IndexError):
-        copy[21]
+    for wrong in (21, -1):
+        with pytest.raises(IndexError):
+            copy[wrong]
+        with pytest.raises(IndexError):
+            copy.sizes(np.array([0, wrong]))
 
 
 @pytest.mark.parametrize("damage", ["nowhere", "a file", "no manifest"])
@@ -91,10 +131,8 @@ def test_a_manifest_without_a_key(packed: Path, key: str) -> None:
     refuse(packed, "manifest.json is damaged", key)
 
 
-@pytest.mark.parametrize(
-    "key", ["file", "index", "num_samples", "num_bytes", "sha256", "index_sha256"]
-)
-@pytest.mark.parametrize("value", ["gone", None, [1]], ids=str)
+@pytest.mark.parametrize("key", FIELDS)
+@pytest.mark.parametrize("value", ["gone", None, [1], True], ids=str)
 def test_a_manifest_with_a_bad_shard_entry(packed: Path, key: str, value: object) -> None:
     edit_manifest(
         packed,
@@ -121,14 +159,16 @@ def test_a_manifest_with_a_wrong_type(packed: Path, key: str, value: object) -> 
     refuse(packed, "manifest.json is damaged")
 
 
-@pytest.mark.parametrize("change", [{"version": 2}, {"version": "1"}, {"format": "other"}])
+@pytest.mark.parametrize("change", [{"version": 1}, {"version": "2"}, {"format": "other"}])
 def test_another_format_or_version(packed: Path, change: dict[str, object]) -> None:
     edit_manifest(packed, lambda m: m.update(change))
-    refuse(packed, "this fastclr reads fastclr-shards version 1", str(next(iter(change.values()))))
+    refuse(
+        packed, "this fastclr reads fastclr-shards version 2", "pack again", str(*change.values())
+    )
 
 
-@pytest.mark.parametrize("key", ["file", "index"])
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "./x", "x/"])
+@pytest.mark.parametrize("key", ["file", "index", "dali_index"])
+@pytest.mark.parametrize("name", ["", "../secret", "/etc/passwd", "a/b", "..", "./x", "x/"])
 def test_a_manifest_that_leaves_its_folder(packed: Path, key: str, name: str) -> None:
     (packed.parent / "secret").write_bytes(tar(packed).read_bytes())
     edit_manifest(packed, lambda m: m["shards"][0].update({key: name}))
@@ -162,7 +202,7 @@ def test_a_tampered_index(packed: Path) -> None:
     raw = file.read_bytes()
     file.write_bytes(raw.replace(b'"label": 0', b'"label": 1', 1))
     assert file.read_bytes() != raw
-    refuse(packed, "train-000000.index.jsonl does not have the sha256 of its manifest")
+    refuse_at_first_use(packed, "train-000000.index.jsonl does not have the sha256 of its manifest")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +212,7 @@ def test_a_tampered_index(packed: Path) -> None:
 )
 def test_an_index_of_nonsense_with_the_right_hash(packed: Path, raw: bytes) -> None:
     write_index(packed, raw)
-    refuse(packed, "train-000000.index.jsonl", "pack again")
+    refuse_at_first_use(packed, "train-000000.index.jsonl", "pack again")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +222,13 @@ def test_an_index_of_nonsense_with_the_right_hash(packed: Path, raw: bytes) -> N
         {"offset": -1},
         {"offset": "0"},
         {"offset": 512.0},
+        {"offset": 0},
+        {"offset": 513},
+        {"offset": 2**70},
+        {"height": True},
+        {"num_bytes": 0},
+        {"height": 2**14, "width": 2**14},
+        {"extension": None},
         {"num_bytes": 10**9},
         {"num_bytes": -5},
         {"num_bytes": None},
@@ -200,25 +247,40 @@ def test_an_index_of_nonsense_with_the_right_hash(packed: Path, raw: bytes) -> N
 )
 def test_an_index_line_that_cannot_be(packed: Path, values: dict[str, object]) -> None:
     edit_index(packed, 3, **values)
-    refuse(packed, "train-000000.index.jsonl", "pack again")
+    refuse_at_first_use(packed, "train-000000.index.jsonl", "pack again")
 
 
 @pytest.mark.parametrize("label", [3, -2, 2**31 - 1])
 def test_a_label_without_a_class(packed: Path, label: int) -> None:
     edit_index(packed, 0, label=label)
-    refuse(packed, f"{label}", "there are 3 classes")
+    refuse_at_first_use(packed, f"{label}", "there are 3 classes")
 
 
 def test_a_key_twice(packed: Path) -> None:
-    edit_index(packed, 0, key="000000020")  # of the last shard
-    refuse(packed, "a key appears twice")
+    edit_index(packed, 0, key="000000007")
+    refuse_at_first_use(packed, "train-000000.index.jsonl", "a key appears twice")
+
+
+@pytest.mark.parametrize("key", FIELDS[:3])
+def test_a_file_twice(packed: Path, key: str) -> None:
+    edit_manifest(packed, lambda m: m["shards"][1].update({key: m["shards"][0][key]}))
+    refuse(packed, "manifest.json names a file twice")
+
+
+@pytest.mark.parametrize("value", ["", "../../etc/passwd", "0" * 63, "G" * 64, "0" * 64 + "\n"])
+@pytest.mark.parametrize("key", ["sha256", "index_sha256", "dali_index_sha256"])
+def test_a_hash_that_is_none(packed: Path, key: str, value: str) -> None:
+    edit_manifest(packed, lambda m: m["shards"][2].update({key: value}))
+    refuse(packed, "manifest.json is damaged", key)
 
 
 def test_counts_that_contradict(packed: Path) -> None:
     edit_manifest(packed, lambda m: m.update(num_samples=22))
-    refuse(packed, "list 21 samples, the manifest says 22")
-    edit_manifest(packed, lambda m: m["shards"][0].update(num_samples=7))
-    refuse(packed, "train-000000.index.jsonl does not fit train-000000.tar")
+    refuse(packed, "hold 21 samples, the manifest says 22")
+    edit_manifest(packed, lambda m: m["shards"][0].update(num_samples=9))
+    refuse_at_first_use(
+        packed, "train-000000.index.jsonl does not fit train-000000.tar", "lists 8", "says 9"
+    )
 
 
 def test_no_samples_at_all(packed: Path) -> None:
@@ -280,3 +342,193 @@ def test_an_image_of_another_size_than_its_index(packed: Path) -> None:
     expected = rf"key 000000004 .* is \({height}, {width}\) pixels, .* \({height + 1}, {width}\)"
     with pytest.raises(ShardError, match=expected):
         shards[4]
+
+
+def test_an_image_replaced_by_another_of_its_length(packed: Path) -> None:
+    """Bytes of another place are found by the tar header before them."""
+    first, second = (json.loads(line) for line in index_lines(packed)[:2])
+    edit_index(packed, 0, **{k: second[k] for k in ("offset", "num_bytes", "height", "width")})
+    shards = ShardSet.open(packed)
+    name = rf"{second['key']}\.{second['extension']}"
+    with pytest.raises(ShardError, match=rf"key {first['key']} .*the tar has '{name}'"):
+        shards.read(0)
+    assert shards.read(1)
+
+
+def test_an_image_of_another_length_than_its_index(packed: Path) -> None:
+    num_bytes = json.loads(index_lines(packed)[2])["num_bytes"]
+    edit_index(packed, 2, num_bytes=num_bytes - 1)
+    with pytest.raises(ShardError, match=rf"has {num_bytes - 1} bytes, the tar says {num_bytes}"):
+        ShardSet.open(packed).read(2)
+
+
+def index_lines(packed: Path) -> list[str]:
+    return (packed / "train-000000.index.jsonl").read_text().splitlines()
+
+
+def test_no_command_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="runs none"):
+        ShardSet.open("pipe:touch here")
+    assert not (tmp_path / "here").exists()
+
+
+def test_open_reads_the_manifest_alone(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    parse = shards_of.parse_index
+    monkeypatch.setattr(
+        shards_of, "parse_index", lambda raw, **more: read.append("x") or parse(raw, **more)
+    )
+    shards = ShardSet.open(packed)
+    assert len(shards) == 21 and read == []
+    assert shards[17].shape[2] == 3 and shards.read(20) and read == ["x"]
+    assert shards.sizes(np.array([0, 17])).shape == (2, 2) and len(read) == 2
+
+
+def test_files_stay_open_in_bounded_number(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_now() -> int:
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.exists()]
+        return sum(link.resolve().parent == packed.resolve() for link in links)
+
+    monkeypatch.setattr("pipelines.shards.MOST_FILES", 2)
+    opened: list[object] = []
+    really_open = os.open
+    monkeypatch.setattr(os, "open", lambda *a: opened.append(a[0]) or really_open(*a))
+    shards = ShardSet.open(packed)
+    for i in (0, 1, 8, 9, 0, 8, 16, 17, 8):
+        shards.read(i)
+    assert len(opened) == 3 and open_now() == 2  # 16 pushed 0 out
+    shards.read(0)
+    assert len(opened) == 4 and open_now() == 2
+    del shards
+    gc.collect()
+    assert open_now() == 0
+
+
+def test_threads_that_read_everywhere(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.shards.MOST_FILES", 1)
+    whole = ShardSet.open(packed)
+    expected = [whole.read(i) for i in range(21)]
+    ids = np.random.default_rng(0).integers(0, 21, 600).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        for i, data in zip(ids, pool.map(ShardSet.open(packed).read, ids), strict=True):
+            assert data == expected[i]
+
+
+def test_ten_million_samples(tmp_path: Path) -> None:
+    """Opening costs the manifest, a sample costs its shard's index."""
+    num_samples, num_bytes = 4096, 512 + 4096 * 1024
+    raw = "".join(
+        Sample(f"{i:09d}", "jpg", 512 + i * 1024, 500, 9, 8, i % 7, f"c/{i}.jpg").line()
+        for i in range(num_samples)
+    ).encode()
+    digest = hashlib.sha256(raw).hexdigest()
+    entries = []
+    for number in range(2441):
+        entry: dict[str, Any] = dict.fromkeys(
+            ("sha256", "index_sha256", "dali_index_sha256"), digest
+        )
+        name = f"x-{number:06d}"
+        entry |= {"file": f"{name}.tar", "index": f"{name}.jsonl", "dali_index": f"{name}.idx"}
+        entries.append(entry | {"num_samples": num_samples, "num_bytes": num_bytes})
+        with (tmp_path / entry["file"]).open("wb") as stream:
+            stream.truncate(num_bytes)  # a hole
+        (tmp_path / entry["index"]).write_bytes(raw if number in (7, 2400) else b"not read")
+    manifest: dict[str, Any] = {"format": "fastclr-shards", "version": 2, "shards": entries}
+    manifest |= {"num_samples": 2441 * num_samples, "class_names": list("abcdefg")}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    program = (
+        "import sys, time; import numpy as np; from pipelines.shards import ShardSet\n"
+        "started = time.process_time(); s = ShardSet.open(sys.argv[1])\n"
+        "order = s.order(0); ids = order.ids(3, 5_000_000, 5_000_512)\n"
+        "seconds = time.process_time() - started\n"
+        "assert len(s) == 9_998_336 and len(set(ids.tolist())) == 512\n"
+        "assert s.labels(np.array([2400 * 4096 + 8, 7 * 4096])).tolist() == [1, 0]\n"
+        "peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]\n"
+        "print(seconds, int(peak) / 1024)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    seconds, megabytes = map(float, run.stdout.split())
+    assert seconds < 2 and megabytes < 500
+
+
+class Remote:
+    """Stands in for `pipelines.remote`: a folder behind a URL."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.fetched: list[str] = []
+        self.opened: list[str] = []
+        self.wanted: list[tuple[str, int, str]] = []
+
+    def fetch(self, url: str) -> bytes:
+        self.fetched.append(url)
+        return (self.folder / self.name(url)).read_bytes()
+
+    def name(self, url: str) -> str:
+        base, query = url.split("?")
+        assert query == "token=secret" and base.startswith("https://me:pw@host/set/")
+        return base.rpartition("/")[2]
+
+    def ShardCache(self, folder: Path, max_bytes: int) -> Remote:
+        self.cache = (folder, max_bytes)
+        return self
+
+    def open(self, url: str, *, num_bytes: int, sha256: str) -> int:
+        self.opened.append(url)
+        raw = (self.folder / self.name(url)).read_bytes()
+        assert len(raw) == num_bytes and hashlib.sha256(raw).hexdigest() == sha256
+        return os.open(self.folder / self.name(url), os.O_RDONLY)
+
+    def prefetch(self, shards: list[tuple[str, int, str]]) -> None:
+        self.wanted += shards
+
+
+URL = "https://me:pw@host/set/?token=secret"
+
+
+@pytest.fixture
+def remote(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
+    stand_in = Remote(packed)
+    monkeypatch.setitem(sys.modules, "pipelines.remote", stand_in)  # type: ignore[arg-type]
+    return stand_in
+
+
+def test_a_remote_set_is_the_local_one(remote: Remote, packed: Path, tmp_path: Path) -> None:
+    local = ShardSet.open(packed)
+    far = ShardSet.open(URL, cache_dir=tmp_path / "cache", cache_bytes=123)
+    assert remote.cache == (tmp_path / "cache" / "shards", 123)
+    assert far.digest == local.digest and far.path == "https://host/set"
+    assert len(remote.fetched) == 1 and remote.opened == []
+    assert [far.read(i) for i in range(21)] == [local.read(i) for i in range(21)]
+    assert len(remote.opened) == 3 and len(remote.fetched) == 4
+    assert np.array_equal(far.label_N, local.label_N)
+    far.verify()
+    far.prefetch([2, 0])
+    assert [remote.name(url) for url, _, _ in remote.wanted] == [
+        tar(packed, n).name for n in (2, 0)
+    ]
+    assert [n for _, n, _ in remote.wanted] == [tar(packed, n).stat().st_size for n in (2, 0)]
+
+
+def test_remote_indexes_are_kept_on_disk_and_checked(remote: Remote, tmp_path: Path) -> None:
+    def fetched() -> int:
+        remote.fetched.clear()
+        assert ShardSet.open(URL, cache_dir=tmp_path / "cache").label_N.max() == 2
+        return len(remote.fetched)
+
+    assert (fetched(), fetched()) == (4, 1)
+    copies = sorted((tmp_path / "cache" / "indexes").iterdir())
+    assert len(copies) == 3
+    copies[0].write_bytes(b"damaged here")
+    assert (fetched(), fetched()) == (2, 1)
+    file = remote.folder / "train-000001.index.jsonl"
+    file.write_bytes(file.read_bytes()[:-1])
+    copies[0].unlink(), copies[1].unlink(), copies[2].unlink()
+    with pytest.raises(ShardError, match="does not have the sha256") as caught:
+        fetched()
+    assert "https://host/set/train-000001.index.jsonl" in str(caught.value)
+    assert "secret" not in str(caught.value) and "pw" not in str(caught.value)

@@ -188,6 +188,17 @@ def test_page_shows_the_numbers(finished):
     assert html.count('class="smooth"') == 1
 
 
+@pytest.mark.parametrize("damaged", [None, 0, 1234])
+def test_replaced_images_are_told(tmp_path, damaged):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    if damaged is not None:  # older runs did not count them
+        write_json(run_dir / "summary.json", {**summary, "damaged_samples": damaged})
+    html = write_report(run_dir).read_text()
+    assert ("1,234 damaged images replaced by others" in html) == (damaged == 1234)
+    assert "damaged" not in html or damaged
+
+
 def test_report_is_the_same_twice(finished, tmp_path):
     first, second = (make_run(tmp_path / name / "run", evaluated=False) for name in "ab")
     pages = [

@@ -1,0 +1,61 @@
+"""What makes a run another run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastclr import runs
+from fastclr.config import Config, ConfigError, ViewsConfig
+
+CONFIG = Config(epochs=1, run_dir="-")
+
+
+def changed(**data: Any) -> Config:
+    return replace(CONFIG, data=replace(CONFIG.data, **data))
+
+
+def go_on(folder: Path, before: Config, now: Config) -> None:
+    """Begin a run and go on with it."""
+    (folder / "config.json").write_text(json.dumps({"config": asdict(before)}))
+    runs._refuse_another_run(folder, now)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"on_damage": "replace", "most_damaged": 7}, {"in_memory": True}, {"num_threads": 3}],
+)
+def test_what_may_change(tmp_path: Path, data: dict[str, Any]) -> None:
+    go_on(tmp_path, CONFIG, changed(**data))
+    go_on(tmp_path, changed(**data), CONFIG)
+
+
+def test_auto_is_settled_before_runs_are_compared(tmp_path: Path) -> None:
+    settled = runs._settle_backend(CONFIG, torch.device("cpu"))
+    assert settled.data.backend != "auto"
+    go_on(tmp_path, settled, settled)
+    with pytest.raises(ConfigError, match=r"data\.backend: reference before, "):
+        go_on(tmp_path, changed(backend="reference"), settled)
+    explicit = changed(backend="reference")
+    assert runs._settle_backend(explicit, torch.device("cpu")) == explicit
+
+
+def test_a_second_policy_is_another_run_both_ways(tmp_path: Path) -> None:
+    second = replace(CONFIG, views_second=ViewsConfig(flip_prob=0.25))
+    with pytest.raises(ConfigError, match=r"views_second\.flip_prob: None before, 0\.25 now"):
+        go_on(tmp_path, CONFIG, second)
+    with pytest.raises(ConfigError, match=r"views_second\.flip_prob: 0\.25 before, None now"):
+        go_on(tmp_path, second, CONFIG)
+    go_on(tmp_path, second, second)
+
+
+def test_each_view_has_its_policy() -> None:
+    second = ViewsConfig(flip_prob=0.25)
+    first, other = runs._policies(replace(CONFIG, views_second=second))
+    assert (first.flip_prob, other.flip_prob) == (0.5, 0.25)
+    assert runs._policies(CONFIG)[0] == runs._policies(CONFIG)[1]

@@ -1,0 +1,54 @@
+"""Draw augmented pairs with their numbers: ``python tools/show_views.py DIR --out views.png``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastclr.cli import guard
+from fastclr.config import ViewsConfig
+from pipelines.policy import SimCLRPolicy
+from pipelines.shards import ShardSet
+from pipelines.view_sheet import view_sheet
+
+
+def show_views(
+    path: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    views: ViewsConfig = ViewsConfig(),  # noqa: B008
+    num_images: int = 8,
+    seed: int = 0,
+    epoch: int = 0,
+    backend: str = "auto",
+) -> None:
+    """Draw the first images of an epoch, both views of each, and the numbers they were made with.
+
+    Args:
+        path: Shard set.
+        out: PNG to write, e.g. views.png.
+        views: Augmentation, with the flags and meaning of training.
+        num_images: Images, a row each.
+        seed: Seed of the run.
+        epoch: Epoch from 0.
+        backend: Augmentation back-end.
+    """
+    sheet = view_sheet(
+        ShardSet.open(path),
+        SimCLRPolicy(**asdict(views)),
+        num_images=num_images,
+        seed=seed,
+        epoch=epoch,
+        backend=backend,
+    )
+    temporary = out.with_name(f".{out.name}.partial")
+    sheet.save(temporary, "PNG")
+    temporary.replace(out)
+    print(f"{out}: {sheet.width} x {sheet.height} pixels")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(lambda: tyro.cli(show_views)))
