@@ -288,7 +288,11 @@ class Config:
         compile: Compile encoder and head with ``torch.compile``.
         run_dir: Folder of this run; a checkpoint in it is gone on from.
         start_from: Checkpoint of another run, a folder, that a new run goes on from.
-        initial_weights: safetensors file of a model or its encoder that a new run begins with.
+        initial_weights: File of a model or its encoder that a new run begins with: safetensors of
+            this project, or what torchvision, timm, lightly, solo-learn and converted SimCLR
+            encoders are saved in (``.safetensors``, ``.pth``, ``.ckpt``).
+        initial_weights_input: What those of others were trained on: ``unit``, images in 0..1, or
+            ``imagenet``, ImageNet's mean and std taken off; ``as_format``, as that library does.
         epochs: Length of the run in epochs; excludes ``minutes``.
         minutes: Length in minutes of training; the number of steps follows the speed, so two such
             runs are not the same.
@@ -315,6 +319,7 @@ class Config:
     run_dir: str = ""
     start_from: str = ""
     initial_weights: str = ""
+    initial_weights_input: Literal["as_format", "unit", "imagenet"] = "as_format"
     epochs: float | None = None
     minutes: float | None = None
     global_batch_size: int | None = None

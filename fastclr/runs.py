@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from fastclr import checkpointing, data_sets, ds_config, losses
+from fastclr import checkpointing, data_sets, ds_config, foreign_weights, losses
 from fastclr.config import Config, ConfigError
 from fastclr.data_sets import DataSet
 from fastclr.engine import device_of
@@ -44,8 +42,8 @@ NUM_PAIRS, NUM_THUMBNAILS, NUM_WATCHED = 12, 1000, 256
 # May change between the starts of one run; everything else is what the run is.
 VOLATILE = (
     "run_dir", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "start_from",
-    "initial_weights", "data.train", "data.cache_dir", "data.cache_gib", "data.num_threads",
-    "data.prefetch", "data.in_memory",
+    "initial_weights", "initial_weights_input", "data.train", "data.cache_dir", "data.cache_gib",
+    "data.num_threads", "data.prefetch", "data.in_memory",
     "data.on_damage", "data.most_damaged", "evaluation.test", "evaluation.train",
     "evaluation.every_epochs", "evaluation.most_images", "faults.non_finite",
     "faults.most_skipped", "faults.watchdog_seconds",
@@ -141,7 +139,10 @@ def _trainer(
     """Build model, loss, optimizer and trainer."""
     model = SimCLR.from_config(config)
     if config.initial_weights:
-        _load_initial_weights(model, Path(config.initial_weights))
+        file, expected = Path(config.initial_weights), config.initial_weights_input
+        said = foreign_weights.load(model, file, expected)
+        if loader.world.is_main:
+            print(said, flush=True)
     if config.compile:
         model.encoder.compile()
         model.projection_head.compile()
@@ -192,36 +193,6 @@ def _image_set(data_set: DataSet, size: int, most: int, world: World) -> online.
         num_classes=data_set.num_classes,
         batches=lambda: evaluation_batches(data_set, size, world=world, limit=most),
     )
-
-
-def _load_initial_weights(model: SimCLR, file: Path) -> None:
-    """Load a whole model, or an encoder alone.
-
-    Raises:
-        ConfigError: If the file is no safetensors file, or its tensors are not the model's.
-    """
-    try:
-        state = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"initial_weights {file} cannot be read ({error}): give a safetensors file, e.g. "
-            "RUN/checkpoints/step-*/model.safetensors."
-        ) from error
-    whole = any(key.startswith("projection_head.") for key in state)
-    target = model if whole or any(k.startswith("encoder.") for k in state) else model.encoder
-    if target is model and not whole:
-        state = {key.removeprefix("encoder."): value for key, value in state.items()}
-        target = model.encoder
-    wanted = {key: tuple(value.shape) for key, value in target.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    if wrong := sorted(k for k in wanted.keys() | found if wanted.get(k) != found.get(k)):
-        key = wrong[0]
-        raise ConfigError(
-            f"initial_weights {file} do not fit the model: {len(wrong)} tensors differ, the first "
-            f"is {key}: {found.get(key, 'missing')} there, {wanted.get(key, 'missing')} here. Use "
-            "the encoder and head they were trained with."
-        )
-    target.load_state_dict(state)
 
 
 def _refuse_another_run(run_dir: Path, config: Config) -> None:
