@@ -215,7 +215,7 @@ def _online_evaluation(
     settings = config.evaluation
     if not settings.test:
         return None
-    found = _labelled_sets(Path(settings.train or config.data.train), Path(settings.test))
+    found = labelled_sets(Path(settings.train or config.data.train), Path(settings.test))
     sets = [_image_set(s, config.views.size, settings.most_images, world) for s in found]
     pairs = _first_batch(config, shard_set, config.data.backend, NUM_WATCHED, world)
     return online.OnlineEvaluation(*sets, pairs_VBCHW=pairs.views_VBCHW)
@@ -249,23 +249,37 @@ def _load_initial_weights(model: SimCLR, file: Path) -> None:
     if target is model and not whole:
         state = {key.removeprefix("encoder."): value for key, value in state.items()}
         target = model.encoder
-    wanted = {key: tuple(value.shape) for key, value in target.state_dict().items()}
+    load_state(target, state, f"initial_weights {file}")
+
+
+def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
+    """Load weights that are the model's, all of them and no other.
+
+    Args:
+        model: Module that gets them.
+        state: Tensors by name.
+        name: What messages call them.
+
+    Raises:
+        ConfigError: If they are another architecture's.
+    """
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     if wrong := sorted(k for k in wanted.keys() | found if wanted.get(k) != found.get(k)):
         key = wrong[0]
         raise ConfigError(
-            f"initial_weights {file} do not fit the model: {len(wrong)} tensors differ, the first "
+            f"{name} do not fit the model: {len(wrong)} tensors differ, the first "
             f"is {key}: {found.get(key, 'missing')} there, {wanted.get(key, 'missing')} here. Use "
             "the encoder and head they were trained with."
         )
-    target.load_state_dict(state)
+    model.load_state_dict(state)
 
 
 def _refuse_another_run(run_dir: Path, config: Config) -> None:
     """Refuse to go on with a run under other settings."""
     if not (run_dir / "config.json").exists():
         return
-    before = _flat(_read_json(run_dir / "config.json")["config"])
+    before = _flat(read_json(run_dir / "config.json")["config"])
     now = _flat(json.loads(json.dumps(asdict(config))))
     names = [*now, *(key for key in before if key not in now)]
     changed = [k for k in names if before.get(k) != now.get(k) and k not in VOLATILE]
@@ -307,7 +321,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """Read one of a run's own files.
 
     Raises:
@@ -324,7 +338,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def load_run(run_dir: Path) -> Config:
     """Read the resolved configuration of a run."""
-    return Config.from_dict(_read_json(run_dir / "config.json")["config"])
+    return Config.from_dict(read_json(run_dir / "config.json")["config"])
 
 
 def evaluate(run_dir: Path, train_path: Path, test_path: Path, say: Say = print) -> dict[str, Any]:
@@ -347,9 +361,11 @@ def evaluate(run_dir: Path, train_path: Path, test_path: Path, say: Say = print)
     checkpoint = checkpointing.latest(run_dir / "checkpoints")
     if checkpoint is None:
         raise ConfigError(f"{run_dir} has no checkpoint yet: train it first.")
-    sets = _labelled_sets(train_path, test_path)
+    sets = labelled_sets(train_path, test_path)
     trained, untrained = SimCLR.from_config(config).encoder, SimCLR.from_config(config).encoder
-    trained.load_state_dict(checkpointing.load_weights(checkpoint, "encoder."))
+    load_state(
+        trained, checkpointing.load_weights(checkpoint, "encoder."), f"weights of {checkpoint}"
+    )
     device = device_of(World())
     scores = {}
     for name, encoder in {"trained": trained, "untrained": untrained, "pixels": Pixels()}.items():
@@ -381,11 +397,18 @@ def evaluate(run_dir: Path, train_path: Path, test_path: Path, say: Say = print)
         "test": str(test_path),
         "seconds": time.perf_counter() - started,
     }
-    write_json(run_dir / "scores.json", result)
+    write_json(run_dir / "scores.json", {**result, **_other_protocols(run_dir)})
     return result
 
 
-def _labelled_sets(*paths: Path) -> list[ShardSet]:
+def _other_protocols(run_dir: Path) -> dict[str, Any]:
+    """Return what other protocols have written into ``scores.json``; each says what it is of."""
+    file = run_dir / "scores.json"
+    before = read_json(file) if file.exists() else {}
+    return {key: before[key] for key in ("protocols",) if key in before}
+
+
+def labelled_sets(*paths: Path) -> list[ShardSet]:
     """Open shard sets that have the same classes."""
     sets = [ShardSet.open(path) for path in paths]
     for shard_set in sets:
@@ -415,7 +438,8 @@ def report(run_dir: Path) -> Path:
     shard_set = ShardSet.open(config.data.train)
     thumbnails = []
     if (run_dir / "scores.json").exists():
-        test = ShardSet.open(_read_json(run_dir / "scores.json")["test"])
+        scores = read_json(run_dir / "scores.json")
+        test = ShardSet.open(scores["test"]) if "test" in scores else []
         # Shard sets are shuffled when they are packed: the first rows are a sample of all.
         thumbnails = [test[i] for i in range(min(len(test), NUM_THUMBNAILS))]
     return write_report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from fastclr.evaluation.scoring import metric
 Grid = tuple[tuple[float, float], ...]  # rates and weight decays
 
 
-def _grid(rates: Sequence[float], decays: Sequence[float]) -> Grid:
+def _grid(rates: Iterable[float], decays: Iterable[float]) -> Grid:
     """Return every rate with every decay."""
     return tuple((float(rate), float(decay)) for rate, decay in itertools.product(rates, decays))
 
@@ -42,9 +42,9 @@ PROTOCOL = (
     "linear: L-BFGS logistic regression, 45 penalties. finetune and random_init: all weights, SGD "
     "with Nesterov momentum 0.9 and cosine, batch 256, BatchNorm momentum max(1 - 10 / steps of an "
     "epoch, 0.9), rate and weight decay from a grid by successive halving: each round keeps the "
-    "best third on validation images and takes three times the steps; the best of the last round is "
-    "trained on training and validation images for all steps. Chen et al. 2020, B.8, which tries "
-    "the whole grid at full length."
+    "best third on validation images and takes three times the steps; the best of the last round "
+    "is trained on training and validation images for all steps. Chen et al. 2020, B.8, which "
+    "tries the whole grid at full length."
 )
 _BATCH, _KEEP, _ROUNDS = 256, 3, 3
 
