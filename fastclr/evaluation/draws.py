@@ -20,7 +20,7 @@ def keys(num_rows: int, *coordinates: int) -> npt.NDArray[np.uint64]:
     """
     key_X = np.arange(num_rows, dtype=np.uint64)
     for coordinate in (*coordinates, 0):
-        key_X = _mix(key_X + np.uint64(coordinate % 2**64) * np.uint64(0xD1B54A32D192ED03))
+        key_X = _mix(key_X + np.uint64(coordinate * 0xD1B54A32D192ED03 % 2**64))
     return key_X
 
 

@@ -163,8 +163,9 @@ def encoded(
         encoder.eval()
         rows = epoch_batches(num_images, settings.batch_size, settings.seed, epoch)
         for images_NCHW, label_N in views(epoch, rows):
-            with torch.no_grad():
-                yield encoder(images_NCHW.to(device).float() / 255), label_N
+            with torch.no_grad():  # not around the yield: the classifier is trained there
+                h_NF = encoder(images_NCHW.to(device).float() / 255)
+            yield h_NF, label_N
 
     return batches
 
