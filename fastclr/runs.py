@@ -195,11 +195,34 @@ def _image_set(data_set: DataSet, size: int, most: int, world: World) -> online.
     )
 
 
+def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
+    """Load weights that are the model's, all of them and no other.
+
+    Args:
+        model: Module that gets them.
+        state: Tensors by name.
+        name: What messages call them.
+
+    Raises:
+        ConfigError: If they are another architecture's.
+    """
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if wrong := sorted(k for k in wanted.keys() | found if wanted.get(k) != found.get(k)):
+        key = wrong[0]
+        raise ConfigError(
+            f"{name} do not fit the model: {len(wrong)} tensors differ, the first "
+            f"is {key}: {found.get(key, 'missing')} there, {wanted.get(key, 'missing')} here. Use "
+            "the encoder and head they were trained with."
+        )
+    model.load_state_dict(state)
+
+
 def _refuse_another_run(run_dir: Path, config: Config) -> None:
     """Refuse to go on with a run under other settings."""
     if not (run_dir / "config.json").exists():
         return
-    before = _flat(_read_json(run_dir / "config.json")["config"])
+    before = _flat(read_json(run_dir / "config.json")["config"])
     now = _flat(json.loads(json.dumps(asdict(config))))
     names = [*now, *(key for key in before if key not in now)]
     changed = [k for k in names if before.get(k) != now.get(k) and k not in VOLATILE]
@@ -238,7 +261,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """Read one of a run's own files.
 
     Raises:
@@ -255,7 +278,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def load_run(run_dir: Path) -> Config:
     """Read the resolved configuration of a run."""
-    return Config.from_dict(_read_json(run_dir / "config.json")["config"])
+    return Config.from_dict(read_json(run_dir / "config.json")["config"])
 
 
 def evaluate(run_dir: Path, train: str, test: str, say: Say = print) -> dict[str, Any]:
@@ -280,7 +303,9 @@ def evaluate(run_dir: Path, train: str, test: str, say: Say = print) -> dict[str
         raise ConfigError(f"{run_dir} has no checkpoint yet: train it first.")
     sets = data_sets.labelled_sets((train, test), config.data)
     trained, untrained = SimCLR.from_config(config).encoder, SimCLR.from_config(config).encoder
-    trained.load_state_dict(checkpointing.load_weights(checkpoint, "encoder."))
+    load_state(
+        trained, checkpointing.load_weights(checkpoint, "encoder."), f"weights of {checkpoint}"
+    )
     device = device_of(World())
     scores = {}
     for name, encoder in {"trained": trained, "untrained": untrained, "pixels": Pixels()}.items():
@@ -312,8 +337,15 @@ def evaluate(run_dir: Path, train: str, test: str, say: Say = print) -> dict[str
         "test": redacted_urls(test),
         "seconds": time.perf_counter() - started,
     }
-    write_json(run_dir / "scores.json", result)
+    write_json(run_dir / "scores.json", {**result, **_other_protocols(run_dir)})
     return result
+
+
+def _other_protocols(run_dir: Path) -> dict[str, Any]:
+    """Return what other protocols have written into ``scores.json``; each says what it is of."""
+    file = run_dir / "scores.json"
+    before = read_json(file) if file.exists() else {}
+    return {key: before[key] for key in ("protocols",) if key in before}
 
 
 def _save_features(folder: Path, features: Features) -> None:
@@ -337,8 +369,8 @@ def report(run_dir: Path, train: str = "", test: str = "") -> Path:
     data_set = data_sets.open_data(train or config.data.train, config.data)
     thumbnails = []
     if (run_dir / "scores.json").exists():
-        text = test or _read_json(run_dir / "scores.json")["test"]
-        test_set = data_sets.open_data(text, config.data)
+        text = test or read_json(run_dir / "scores.json").get("test", "")
+        test_set = data_sets.open_data(text, config.data) if text else []
         # Shard sets are shuffled when they are packed: the first rows are a sample of all.
         thumbnails = [test_set[i] for i in range(min(len(test_set), NUM_THUMBNAILS))]
     return write_report(
