@@ -46,7 +46,7 @@ def read(url: str, transfer: Transfer, deadline: Deadline, patience: Patience) -
         return _call(fs, name, path, deadline.limit(patience.read_seconds), options)
 
     try:
-        fs = _file_system(protocol, patience, os.getpid(), _environment(), False)
+        fs = _file_system(protocol, patience, os.getpid(), _environment())
         path = fs._strip_protocol(url)
         total, version = _facts(call("info"))
         if transfer.received and version != transfer.version:
@@ -82,7 +82,7 @@ def file_system(url: str, patience: Patience) -> tuple[Any, str]:
 
 @functools.lru_cache(maxsize=8)
 def _file_system(
-    protocol: str, patience: Patience, pid: int, environment: int, tries_again: bool
+    protocol: str, patience: Patience, pid: int, environment: int, tries_again: bool = False
 ) -> Any:
     """Return the file system of a protocol, made in this process and for this environment.
 
