@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fastclr import collectives, rendezvous
+from fastclr.data_sets import DataSet
 from fastclr.evaluation.features import Features
 from fastclr.evaluation.forgetting import VIEWS, Forgotten, forgetting_scores
 from fastclr.evaluation.layers import Layers, LayerScore, layer_scores
@@ -21,7 +22,6 @@ from fastclr.world import World
 from pipelines.distortions import DISTORTIONS, NOISE_STD
 from pipelines.evaluation_views import evaluation_range
 from pipelines.loader import default_threads
-from pipelines.shards import ShardSet
 
 Say = Callable[[str], None]
 
@@ -48,7 +48,7 @@ def joined() -> Iterator[World]:
 
 
 def images_of(
-    shard_set: ShardSet, size: int, *, view: str = "original", most: int | None = None
+    shard_set: DataSet, size: int, *, view: str = "original", most: int | None = None
 ) -> Images:
     """Describe how a shard set is evaluated to the store of features.
 
@@ -76,7 +76,7 @@ def images_of(
 
 def features_of(
     model: SimCLR,
-    shard_set: ShardSet,
+    shard_set: DataSet,
     size: int,
     cache: Path,
     *,
@@ -109,8 +109,8 @@ def features_of(
 
 def layers_table(
     model: SimCLR,
-    train: ShardSet,
-    test: ShardSet,
+    train: DataSet,
+    test: DataSet,
     size: int,
     cache: Path,
     *,
@@ -154,8 +154,8 @@ def layers_table(
 
 def forgetting_table(
     model: SimCLR,
-    train: ShardSet,
-    test: ShardSet,
+    train: DataSet,
+    test: DataSet,
     size: int,
     cache: Path,
     *,

@@ -58,8 +58,7 @@ class Protocol(NamedTuple):
 
 
 def _quick(subject: Subject) -> Outcome:
-    paths = Path(subject.train.path), Path(subject.test.path)
-    found = runs.evaluate(subject.run_dir, *paths, subject.say)["scores"]["trained"]
+    found = runs.evaluate(subject.run_dir, *subject.texts, subject.say)["scores"]["trained"]
     return Outcome(
         {name: found[name] for name in ("linear_top1", "knn_top1")}, {"l2": found["linear_l2"]}
     )
@@ -185,18 +184,22 @@ def _transfer_protocols(options: Options) -> dict[str, Protocol]:
     """Return a protocol for each row of each set."""
     found: dict[str, Protocol] = {}
     for text in options.transfer:
-        path, _, metric = text.rpartition(":") if ":" in text else (text, "", "top1")
+        path, _, metric = text.rpartition(":")
+        if not path or "/" in metric:  # no metric, perhaps a URL
+            path, metric = text, "top1"
         name = Path(path).name
         if f"transfer/{name}/linear" in found:
             raise ConfigError(f"two transfer sets are called {name!r}: rename a folder.")
         for row in transfer.ROWS:
-            found[f"transfer/{name}/{row}"] = _transfer_row(name, Path(path), metric, row)
+            found[f"transfer/{name}/{row}"] = _transfer_row(name, path, metric, row)
     return found
 
 
-def _transfer_row(name: str, path: Path, metric: str, row: str) -> Protocol:
+def _transfer_row(name: str, path: str, metric: str, row: str) -> Protocol:
+    texts = (f"{path}/train", f"{path}/test")
+
     def settings(subject: Subject) -> JSON:
-        sets = labelled(path / "train", path / "test")
+        sets = labelled(texts, subject.config)
         return {
             "text": transfer.PROTOCOL,
             "metric": metric,
@@ -206,7 +209,7 @@ def _transfer_row(name: str, path: Path, metric: str, row: str) -> Protocol:
         }
 
     def run(subject: Subject) -> Outcome:
-        train, test = (subject.images(s) for s in labelled(path / "train", path / "test"))
+        train, test = (subject.images(s) for s in labelled(texts, subject.config))
         width = subject.network(trained=False)[1]
         networks = [
             transfer.Network(lambda t=t: subject.network(trained=t)[0], width)

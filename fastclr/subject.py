@@ -14,6 +14,7 @@ from torch import nn
 
 from fastclr import checkpointing, evaluations, runs
 from fastclr.config import Config, ConfigError
+from fastclr.data_sets import DataSet, labelled_sets
 from fastclr.engine import device_of
 from fastclr.evaluation import finetune, linear
 from fastclr.evaluation.draws import Int64
@@ -22,7 +23,6 @@ from fastclr.simclr import SimCLR
 from fastclr.world import World
 from pipelines.labelled_views import centres, crops_and_flips
 from pipelines.loader import default_threads
-from pipelines.shards import ShardSet
 
 Say = Callable[[str], None]
 
@@ -57,6 +57,7 @@ class Subject:
         run_dir: The run's folder.
         config: Its settings.
         checkpoint: Its latest checkpoint.
+        texts: How the user named both sets.
         train: Labelled images that are fitted.
         test: Labelled images of the same classes.
         options: Settings of the protocols.
@@ -66,14 +67,15 @@ class Subject:
     run_dir: Path
     config: Config
     checkpoint: Path
-    train: ShardSet
-    test: ShardSet
+    texts: tuple[str, str]
+    train: DataSet
+    test: DataSet
     options: Options = field(default_factory=Options)
     say: Say = print
 
     @classmethod
     def open(
-        cls, run_dir: Path, train: Path, test: Path, options: Options, say: Say = print
+        cls, run_dir: Path, train: str, test: str, options: Options, say: Say = print
     ) -> Subject:
         """Open a run and two labelled shard sets.
 
@@ -86,8 +88,8 @@ class Subject:
         checkpoint = checkpointing.latest(run_dir / "checkpoints")
         if checkpoint is None:
             raise ConfigError(f"{run_dir} has no checkpoint yet: train it first.")
-        first, second = labelled(train, test)
-        return cls(run_dir, config, checkpoint, first, second, options, say)
+        sets = labelled((train, test), config)
+        return cls(run_dir, config, checkpoint, (train, test), *sets, options, say)
 
     @cached_property
     def device(self) -> torch.device:
@@ -107,7 +109,7 @@ class Subject:
         """Representations of the un-augmented images of both sets, from the disk if they were."""
         return self.features_of(self.train), self.features_of(self.test)
 
-    def features_of(self, shard_set: ShardSet) -> Features:
+    def features_of(self, shard_set: DataSet) -> Features:
         """Return representations of un-augmented images."""
         self.say(f"features of {len(shard_set)} images of {shard_set.path}")
         found = evaluations.features_of(
@@ -120,7 +122,7 @@ class Subject:
         )
         return found["h"]
 
-    def images(self, shard_set: ShardSet) -> finetune.LabelledImages:
+    def images(self, shard_set: DataSet) -> finetune.LabelledImages:
         """Describe a set to what trains on it."""
         size, seed, threads = self.config.views.size, self.options.seed, default_threads(World())
 
@@ -145,9 +147,14 @@ class Subject:
         )
 
 
-def labelled(train: Path, test: Path) -> list[ShardSet]:
-    """Open two labelled sets of the same classes, two or more of which each shows."""
-    sets = runs.labelled_sets(train, test)
+def labelled(texts: tuple[str, str], config: Config) -> tuple[DataSet, DataSet]:
+    """Open two labelled sets of the same classes, two or more of which each shows.
+
+    Raises:
+        ConfigError: If they are not.
+        ShardError: If data is missing or damaged.
+    """
+    sets = labelled_sets(texts, config.data)
     for shard_set in sets:
         if len(np.unique(shard_set.label_N)) < 2:
             raise ConfigError(
@@ -155,4 +162,4 @@ def labelled(train: Path, test: Path) -> list[ShardSet]:
                 "set with images of two classes or more."
             )
     linear.check_labels(sets[0].label_N)
-    return sets
+    return sets[0], sets[1]

@@ -11,11 +11,11 @@ from PIL import Image
 
 from fastclr.world import World
 from pipelines.decode import Pixels
-from pipelines.shards import ShardSet
+from pipelines.image_set import ImageSet
 
 
 def evaluation_batches(
-    shard_set: ShardSet,
+    shard_set: ImageSet,
     size: int,
     batch_size: int = 256,
     world: World = World(),  # noqa: B008
@@ -44,7 +44,7 @@ def evaluation_batches(
 
 
 def evaluation_range(
-    shard_set: ShardSet, size: int, start: int, stop: int, num_threads: int = 1
+    shard_set: ImageSet, size: int, start: int, stop: int, num_threads: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the images [start, stop), one or more, and labels, as :func:`evaluation_batches` does.
 
@@ -64,7 +64,7 @@ def evaluation_range(
             images = list(pool.map(centre, range(start, stop)))
     else:
         images = [centre(sample_id) for sample_id in range(start, stop)]
-    labels = shard_set.label_N[start:stop]
+    labels = shard_set.labels(np.arange(start, stop))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 

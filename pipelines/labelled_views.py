@@ -10,15 +10,15 @@ import torch
 
 from pipelines.augment_threads import Threads
 from pipelines.evaluation_views import evaluation_range
+from pipelines.image_set import ImageSet
 from pipelines.order import Int64
 from pipelines.policy import SimCLRPolicy
-from pipelines.shards import ShardSet
 
 _CHUNK = 64  # images a thread makes at a time
 
 
 def crops_and_flips(
-    shard_set: ShardSet,
+    shard_set: ImageSet,
     size: int,
     epoch: int,
     batches: Sequence[Int64],
@@ -67,7 +67,7 @@ def crops_and_flips(
 
 
 def centres(
-    shard_set: ShardSet, size: int, ids: Int64, batch_size: int = 256
+    shard_set: ImageSet, size: int, ids: Int64, batch_size: int = 256
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield given images as an evaluation sees them, in the given order, with labels."""
     for batch in np.array_split(ids, -(-len(ids) // batch_size)):

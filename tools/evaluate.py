@@ -21,8 +21,8 @@ Name = Literal[
 
 def evaluate(
     run: Path,
-    train: Path,
-    test: Path,
+    train: str,
+    test: str,
     protocol: tuple[Name, ...] = ("quick",),
     transfer: tuple[str, ...] = (),
     transfer_steps: int = 0,
@@ -36,8 +36,8 @@ def evaluate(
 
     Args:
         run: Folder of a training run (its --run-dir).
-        train: Labelled shard set that is fitted.
-        test: Labelled shard set that is scored on.
+        train: Labelled data set that is fitted: a folder, a URL, others' tars.
+        test: Labelled data set that is scored on.
         protocol: quick (linear probe and kNN of the trained encoder, the untrained one, and raw
             pixels), ridge, knn, linear-lbfgs, linear-sgd, semi-1, semi-10, finetune, transfer, or
             all; several.

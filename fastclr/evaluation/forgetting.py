@@ -72,6 +72,8 @@ def forgetting_scores(
         ConfigError: If a view is missing, or views do not hold the same images.
         FloatingPointError: If a feature is not finite.
     """
+    for of in (train, test):
+        _refuse_unpaired(of)
     table = []
     for task, views in TASKS.items():
         chance, top1 = 0.0, {}
@@ -85,21 +87,26 @@ def forgetting_scores(
 
 
 def task_features(of: Views, layer: str, views: Mapping[str, int]) -> Features:
-    """Stack a task's views of one layer; the label is the place of the view.
-
-    Raises:
-        ConfigError: If a view is missing, or views do not hold the same images.
-    """
-    first = next(iter(of.values()))[layer]
-    for view in views:
-        if view not in of or not np.array_equal(of[view][layer].label_X, first.label_X):
-            raise ConfigError(
-                f"view {view!r} is missing or holds other images than the first: pairs are of one "
-                "image. Take all views of the same images, in the same order."
-            )
+    """Stack a task's views of one layer; the label is the place of the view."""
     parts = [of[view][layer].h_XF[::every] for view, every in views.items()]
     label_X = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     return Features(np.concatenate(parts), label_X)
+
+
+def _refuse_unpaired(of: Views) -> None:
+    """Refuse views that are not of the same images.
+
+    Raises:
+        ConfigError: With the first such view.
+    """
+    for view in VIEWS:
+        layers = of.get(view, {})
+        for layer, (_, label_X) in of.get("original", {}).items():
+            if layer not in layers or not np.array_equal(layers[layer].label_X, label_X):
+                raise ConfigError(
+                    f"view {view!r} at layer {layer} is missing or holds other images than the "
+                    "original view: pairs are of one image. Take all views of the same images."
+                )
 
 
 def mlp_probe(

@@ -202,9 +202,8 @@ def test_no_images_and_fewer_images_than_said_are_refused(tmp_path):
         take(tmp_path, images=ranks.make_images(105))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_ranks_share_the_work_and_all_get_the_bits_of_one(run_ranks, num_ranks):
-    found = run_ranks(SCRIPT, num_ranks)["ranks"]
+def test_ranks_share_the_work_and_all_get_the_bits_of_one(run_ranks):
+    found = run_ranks(SCRIPT, 2)["ranks"]
     wanted = expected()
     for rank in found:
         for name, features in wanted.items():
@@ -214,12 +213,10 @@ def test_ranks_share_the_work_and_all_get_the_bits_of_one(run_ranks, num_ranks):
         assert rank["equal"] and not rank["again"]
     read = [start for rank in found for start in rank["read"]]
     assert sorted(read) == list(range(0, 53, 4))  # each image once
-    assert [rank["done"] for rank in found] == {2: [29, 24], 3: [21, 16, 16]}[num_ranks]
+    assert [rank["done"] for rank in found] == [29, 24]
     for error, number in (rank["failures"] for rank in found):
         assert "cannot read image 9" in error
-        assert "features of shard 0, key 0 at encoder.0 are not finite" in number or (
-            "key 8 at" in number or "key 16 at" in number
-        )
         assert number.startswith("FloatingPointError")
+        assert any(f"shard 0, key {k} at encoder.0 are not finite" in number for k in (0, 8))
     assert found[1]["failures"][0].startswith("OSError")  # the rank that met it
     assert found[0]["failures"][0] == "RuntimeError: rank 1: cannot read image 9"
