@@ -58,7 +58,7 @@ class Protocol(NamedTuple):
 
 
 def _quick(subject: Subject) -> Outcome:
-    found = runs.evaluate(subject.run_dir, *subject.names, subject.say)["scores"]["trained"]
+    found = runs.evaluate(subject.run_dir, *subject.texts, subject.say)["scores"]["trained"]
     return Outcome(
         {name: found[name] for name in ("linear_top1", "knn_top1")}, {"l2": found["linear_l2"]}
     )
@@ -184,7 +184,9 @@ def _transfer_protocols(options: Options) -> dict[str, Protocol]:
     """Return a protocol for each row of each set."""
     found: dict[str, Protocol] = {}
     for text in options.transfer:
-        path, _, metric = text.rpartition(":") if ":" in text else (text, "", "top1")
+        path, _, metric = text.rpartition(":")
+        if not path or "/" in metric:  # no metric, perhaps a URL
+            path, metric = text, "top1"
         name = Path(path).name
         if f"transfer/{name}/linear" in found:
             raise ConfigError(f"two transfer sets are called {name!r}: rename a folder.")
@@ -194,10 +196,10 @@ def _transfer_protocols(options: Options) -> dict[str, Protocol]:
 
 
 def _transfer_row(name: str, path: str, metric: str, row: str) -> Protocol:
-    parts = (f"{path}/train", f"{path}/test")
+    texts = (f"{path}/train", f"{path}/test")
 
     def settings(subject: Subject) -> JSON:
-        sets = labelled(parts, subject.config.data)
+        sets = labelled(texts, subject.config)
         return {
             "text": transfer.PROTOCOL,
             "metric": metric,
@@ -207,7 +209,7 @@ def _transfer_row(name: str, path: str, metric: str, row: str) -> Protocol:
         }
 
     def run(subject: Subject) -> Outcome:
-        train, test = (subject.images(s) for s in labelled(parts, subject.config.data))
+        train, test = (subject.images(s) for s in labelled(texts, subject.config))
         width = subject.network(trained=False)[1]
         networks = [
             transfer.Network(lambda t=t: subject.network(trained=t)[0], width)

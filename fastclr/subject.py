@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastclr import checkpointing, data_sets, evaluations, runs
-from fastclr.config import Config, ConfigError, DataConfig
-from fastclr.data_sets import DataSet
+from fastclr import checkpointing, evaluations, runs
+from fastclr.config import Config, ConfigError
+from fastclr.data_sets import DataSet, labelled_sets
 from fastclr.engine import device_of
 from fastclr.evaluation import finetune, linear
 from fastclr.evaluation.draws import Int64
@@ -57,7 +57,7 @@ class Subject:
         run_dir: The run's folder.
         config: Its settings.
         checkpoint: Its latest checkpoint.
-        names: How the user named the next two.
+        texts: How the user named both sets.
         train: Labelled images that are fitted.
         test: Labelled images of the same classes.
         options: Settings of the protocols.
@@ -67,7 +67,7 @@ class Subject:
     run_dir: Path
     config: Config
     checkpoint: Path
-    names: tuple[str, str]
+    texts: tuple[str, str]
     train: DataSet
     test: DataSet
     options: Options = field(default_factory=Options)
@@ -77,7 +77,7 @@ class Subject:
     def open(
         cls, run_dir: Path, train: str, test: str, options: Options, say: Say = print
     ) -> Subject:
-        """Open a run and two labelled data sets; see :func:`fastclr.data_sets.open_data`.
+        """Open a run and two labelled shard sets.
 
         Raises:
             ConfigError: If the run has no checkpoint, or the sets no labels, other classes, or a
@@ -88,8 +88,8 @@ class Subject:
         checkpoint = checkpointing.latest(run_dir / "checkpoints")
         if checkpoint is None:
             raise ConfigError(f"{run_dir} has no checkpoint yet: train it first.")
-        first, second = labelled((train, test), config.data)
-        return cls(run_dir, config, checkpoint, (train, test), first, second, options, say)
+        sets = labelled((train, test), config)
+        return cls(run_dir, config, checkpoint, (train, test), *sets, options, say)
 
     @cached_property
     def device(self) -> torch.device:
@@ -147,9 +147,14 @@ class Subject:
         )
 
 
-def labelled(names: tuple[str, str], data: DataConfig) -> list[DataSet]:
-    """Open two labelled sets of the same classes, two or more of which each shows."""
-    sets = data_sets.labelled_sets(names, data)
+def labelled(texts: tuple[str, str], config: Config) -> tuple[DataSet, DataSet]:
+    """Open two labelled sets of the same classes, two or more of which each shows.
+
+    Raises:
+        ConfigError: If they are not.
+        ShardError: If data is missing or damaged.
+    """
+    sets = labelled_sets(texts, config.data)
     for shard_set in sets:
         if len(np.unique(shard_set.label_N)) < 2:
             raise ConfigError(
@@ -157,4 +162,4 @@ def labelled(names: tuple[str, str], data: DataConfig) -> list[DataSet]:
                 "set with images of two classes or more."
             )
     linear.check_labels(sets[0].label_N)
-    return sets
+    return sets[0], sets[1]

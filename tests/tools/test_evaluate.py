@@ -86,7 +86,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def opened(run: Path, data: Path, said: list[str] | None = None, **options) -> Subject:
     say = (said if said is not None else []).append
-    return Subject.open(run, data / "train", data / "test", Options(**options), say)
+    return Subject.open(run, f"{data}/train", f"{data}/test", Options(**options), say)
 
 
 def entries(run: Path) -> dict:
@@ -95,7 +95,7 @@ def entries(run: Path) -> dict:
 
 @pytest.mark.usefixtures("short")
 def test_all_of_them_once_and_only_once(run: Path, data: Path, capsys) -> None:
-    sets = (run, data / "train", data / "test", ("all",), (f"{data}:mean_per_class",), 4, 1, 2)
+    sets = (run, f"{data}/train", f"{data}/test", ("all",), (f"{data}:mean_per_class",), 4, 1, 2)
     assert guard(lambda: TOOL.evaluate(*sets)) == 0
     rows = [f"transfer/{data.name}/{row}" for row in transfer.ROWS]
     kept = entries(run)
@@ -168,7 +168,7 @@ def test_the_quick_protocol_keeps_the_others(
     calls: list[str] = []
     monkeypatch.setattr(protocols, "PROTOCOLS", {"ridge": counted(calls, "ridge")})
     score(opened(run, data), ["ridge"])
-    runs.evaluate(run, data / "train", data / "test", lambda _: None)
+    runs.evaluate(run, f"{data}/train", f"{data}/test", lambda _: None)
     whole = json.loads((run / "scores.json").read_text())
     assert whole["protocols"]["ridge"]["scores"] == {"top1": 0.5} and "trained" in whole["scores"]
 
@@ -192,7 +192,10 @@ def packed(folder: Path, classes: dict[str, int]) -> Path:
 
 
 def refused(capsys, *arguments, code: int = 78) -> str:
-    assert guard(lambda: TOOL.evaluate(*arguments)) == code
+    assert (
+        guard(lambda: TOOL.evaluate(arguments[0], *map(str, arguments[1:3]), *arguments[3:]))
+        == code
+    )
     lines = capsys.readouterr().err.splitlines()
     return next(line for line in lines if line.startswith("error: "))
 
@@ -208,24 +211,24 @@ def with_weights(run: Path, change: Callable[[dict[str, torch.Tensor]], None]) -
 def test_weights_of_another_architecture(tmp_path: Path, data: Path, capsys, protocol) -> None:
     wide = replace(CONFIG, encoder=replace(CONFIG.encoder, width=0.5))
     run = make_run(tmp_path / "run", built=wide)
-    said = refused(capsys, run, data / "train", data / "test", (protocol,))
+    said = refused(capsys, run, f"{data}/train", f"{data}/test", (protocol,))
     assert "step-0000001 do not fit the model" in said and "Use the encoder" in said
     assert not (run / "scores.json").exists()
 
 
 def test_a_tensor_more_or_less(run: Path, data: Path, capsys) -> None:
     with_weights(run, lambda state: state.update(extra=torch.zeros(1)))
-    said = refused(capsys, run, data / "train", data / "test", ("knn",))
+    said = refused(capsys, run, f"{data}/train", f"{data}/test", ("knn",))
     assert "1 tensors differ, the first is extra: (1,) there, missing here" in said
     with_weights(run, lambda state: [state.pop("extra"), state.pop("encoder.network.conv1.weight")])
-    said = refused(capsys, run, data / "train", data / "test", ("knn",))
+    said = refused(capsys, run, f"{data}/train", f"{data}/test", ("knn",))
     assert "encoder.network.conv1.weight: missing there" in said
 
 
 def test_features_that_are_not_finite(run: Path, data: Path, capsys) -> None:
     with_weights(run, lambda state: state["encoder.network.conv1.weight"].fill_(float("nan")))
     for name in ("quick", "ridge"):
-        said = refused(capsys, run, data / "train", data / "test", (name,), code=70)
+        said = refused(capsys, run, f"{data}/train", f"{data}/test", (name,), code=70)
         assert "not finite" in said and "earlier checkpoint" in said
 
 
@@ -241,7 +244,7 @@ def test_labels_and_classes_that_do_not_do(run: Path, data: Path, tmp_path: Path
 
 
 def test_what_is_asked_for_makes_no_sense(run: Path, data: Path, tmp_path: Path, capsys) -> None:
-    sets = (run, data / "train", data / "test")
+    sets = (run, f"{data}/train", f"{data}/test")
     assert "name folders" in refused(capsys, *sets, ("transfer",))
     twice = (str(data), str(tmp_path / data.name))
     assert "two transfer sets are called" in refused(capsys, *sets, ("transfer",), twice)
