@@ -81,7 +81,11 @@ class DataConfig:
     """Where the images come from and who augments them.
 
     Attributes:
-        train: Folder of a shard set made by ``tools/make_shards.py``.
+        train: Shard set: a folder made by ``tools/make_shards.py``, here or behind a URL (http(s),
+            s3, ...); tars made by others, as a folder or pattern; or a mixture ``a:0.7,b:0.3``.
+        cache_dir: Folder for copies of remote shards and indexes of others' tars, shared by the
+            ranks of a node; empty for ``fastclr`` in the user's cache folder (XDG_CACHE_HOME).
+        cache_gib: Bound of the copies of remote shards in GiB; those used longest ago make room.
         backend: Augmentation back-end, a key of ``pipelines.backends.BACKENDS``; ``auto`` for the
             fastest that is installed, settled before the run begins.
         num_threads: Threads that prepare batches; 0 for this rank's part of the cores.
@@ -95,6 +99,8 @@ class DataConfig:
     """
 
     train: str = ""
+    cache_dir: str = ""
+    cache_gib: float = 64.0
     backend: str = "auto"
     num_threads: int = 0
     prefetch: int = 4
@@ -235,8 +241,8 @@ class EvaluationConfig:
     """Evaluation during training, outside the training time.
 
     Attributes:
-        test: Labelled shard set that is scored; empty for no evaluation.
-        train: Labelled shard set whose features the probes are fitted on; empty for ``data.train``.
+        test: Labelled data set that is scored, named as ``data.train``; empty for no evaluation.
+        train: Labelled data set whose features the probes are fitted on; empty for ``data.train``.
         every_epochs: Epochs between evaluations; the last step is always evaluated.
         most_images: Images taken of each, the first ones.
     """
@@ -282,7 +288,11 @@ class Config:
         compile: Compile encoder and head with ``torch.compile``.
         run_dir: Folder of this run; a checkpoint in it is gone on from.
         start_from: Checkpoint of another run, a folder, that a new run goes on from.
-        initial_weights: safetensors file of a model or its encoder that a new run begins with.
+        initial_weights: File of a model or its encoder that a new run begins with: safetensors of
+            this project, or what torchvision, timm, lightly, solo-learn and converted SimCLR
+            encoders are saved in (``.safetensors``, ``.pth``, ``.ckpt``).
+        initial_weights_input: What those of others were trained on: ``unit``, images in 0..1, or
+            ``imagenet``, ImageNet's mean and std taken off; ``as_format``, as that library does.
         epochs: Length of the run in epochs; excludes ``minutes``.
         minutes: Length in minutes of training; the number of steps follows the speed, so two such
             runs are not the same.
@@ -309,6 +319,7 @@ class Config:
     run_dir: str = ""
     start_from: str = ""
     initial_weights: str = ""
+    initial_weights_input: Literal["as_format", "unit", "imagenet"] = "as_format"
     epochs: float | None = None
     minutes: float | None = None
     global_batch_size: int | None = None
@@ -362,6 +373,8 @@ class Config:
         for name, length in {"epochs": self.epochs, "minutes": self.minutes}.items():
             if length is not None and not 0 < length < math.inf:
                 found.append(f"{name} is {length}: the length of a run is positive.")
+        if not 0 < self.data.cache_gib < math.inf:
+            found.append(f"data.cache_gib is {self.data.cache_gib}: a shard has to fit; give more.")
         if self.start_from and self.initial_weights:
             found.append(
                 f"start_from is {self.start_from} and initial_weights {self.initial_weights}: the "

@@ -8,20 +8,16 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from fastclr import checkpointing, ds_config, losses
-from fastclr.batch import Batch
+from fastclr import checkpointing, data_sets, ds_config, foreign_weights, losses
 from fastclr.config import Config, ConfigError
+from fastclr.data_sets import DataSet
 from fastclr.engine import device_of
 from fastclr.evaluation import knn, linear, online
 from fastclr.evaluation.features import Features, Pixels, extract
@@ -33,11 +29,10 @@ from fastclr.report import ViewPair, write_report
 from fastclr.simclr import SimCLR
 from fastclr.trainer import Summary, Trainer
 from fastclr.world import World
-from pipelines import ShardSet, SimCLRPolicy, make_loader, photos
-from pipelines.backends import resolve_backend
+from pipelines import photos
 from pipelines.evaluation_views import evaluation_batches
-from pipelines.loader import Loader, default_threads
-from pipelines.memory import InMemory
+from pipelines.loader import Loader
+from pipelines.remote import redacted_urls
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +42,8 @@ NUM_PAIRS, NUM_THUMBNAILS, NUM_WATCHED = 12, 1000, 256
 # May change between the starts of one run; everything else is what the run is.
 VOLATILE = (
     "run_dir", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "start_from",
-    "initial_weights", "data.train", "data.num_threads", "data.prefetch", "data.in_memory",
+    "initial_weights", "initial_weights_input", "data.train", "data.cache_dir", "data.cache_gib",
+    "data.num_threads", "data.prefetch", "data.in_memory",
     "data.on_damage", "data.most_damaged", "evaluation.test", "evaluation.train",
     "evaluation.every_epochs", "evaluation.most_images", "faults.non_finite",
     "faults.most_skipped", "faults.watchdog_seconds",
@@ -71,44 +67,35 @@ def train(
     Raises:
         ConfigError: If anything cannot work; before a device is touched.
         ShardError: If the data is missing or damaged.
+        StorageError: If its storage does not answer, an OSError.
     """
     world = World.detect()
     _set_up_logging()
     config, ds = ds_config.resolve(config, ds_config.read(ds_path), world)
-    config = _settle_backend(config, device_of(world))
-    shard_set = ShardSet.open(config.data.train)
+    device = device_of(world)
+    config = data_sets.settle_backend(config, device)
+    data_set = data_sets.open_data(config.data.train, config.data)
     run_dir = Path(config.run_dir)
     _refuse_another_run(run_dir, config)
     _share_cores(world)
-    loader = make_loader(
-        _decoded(config, shard_set, world) if config.data.in_memory else shard_set,
-        _policies(config),
-        micro_batch_size=ds_config.images_per_rank(ds, world),
-        seed=config.seed,
-        backend=config.data.backend,
-        world=world,
-        device=device_of(world),
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
-        on_damage=config.data.on_damage,
-        most_damaged=config.data.most_damaged,
-    )
-    trainer = _trainer(config, ds, loader, shard_set, interruption)
+    micro_batch_size = ds_config.images_per_rank(ds, world)
+    loader = data_sets.training_loader(config, data_set, micro_batch_size, world, device)
+    trainer = _trainer(config, ds, loader, data_set, interruption)
     trainer.check(loader)
     facts = {
-        "config": asdict(config),
+        "config": _without_secrets(asdict(config)),
         "ds_config": redacted(ds),
-        "command": shlex.join(command),
+        "command": redacted_urls(shlex.join(command)),
         "versions": versions(),
         "hardware": hardware(_device_name(trainer.device)),
-        "data": {"train": _data_facts(shard_set)},
+        "data": {"train": data_sets.facts_of(data_set)},
         "started": now(),
     }
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(run_dir / "config.json", facts)
         print(
-            f"training {config.encoder.name} on {len(shard_set)} images, views by "
+            f"training {config.encoder.name} on {len(data_set)} images, views by "
             f"{config.data.backend}: batches of "
             f"{config.global_batch_size}, {2 * (config.global_batch_size or 0) - 2} negatives for "
             f"each anchor, {loader.dropped_per_epoch} images left over in each epoch",
@@ -126,33 +113,6 @@ def train(
         if summary.damaged_samples:
             print(f"{summary.damaged_samples} damaged images were replaced; the log names them")
     return summary
-
-
-def _settle_backend(config: Config, device: torch.device) -> Config:
-    """Put the back-end that ``auto`` means here into the configuration: it is what the run is."""
-    backend = resolve_backend(config.data.backend, device, config.data.in_memory)
-    return replace(config, data=replace(config.data, backend=backend))
-
-
-def _policies(config: Config) -> list[SimCLRPolicy]:
-    """Return the augmentation of each of the two views."""
-    views = (config.views, config.views_second or config.views)
-    return [SimCLRPolicy(**asdict(view)) for view in views]
-
-
-def _decoded(config: Config, shard_set: ShardSet, world: World) -> InMemory:
-    """Decode all images before the run."""
-    threads = config.data.num_threads or default_threads(world)
-    with Progress(console=Console(stderr=True), disable=not world.is_main) as progress:
-        task = progress.add_task("decoding all images", total=len(shard_set))
-        return InMemory(
-            shard_set,
-            num_threads=threads,
-            num_local_ranks=world.num_local_ranks,
-            on_damage=config.data.on_damage,
-            most_damaged=config.data.most_damaged,
-            progress=lambda count: progress.advance(task, count),
-        )
 
 
 def _set_up_logging() -> None:
@@ -173,13 +133,16 @@ def _trainer(
     config: Config,
     ds: ds_config.JSON,
     loader: Loader,
-    shard_set: ShardSet,
+    data_set: DataSet,
     interruption: Interruption | None,
 ) -> Trainer:
     """Build model, loss, optimizer and trainer."""
     model = SimCLR.from_config(config)
     if config.initial_weights:
-        _load_initial_weights(model, Path(config.initial_weights))
+        file, expected = Path(config.initial_weights), config.initial_weights_input
+        said = foreign_weights.load(model, file, expected)
+        if loader.world.is_main:
+            print(said, flush=True)
     if config.compile:
         model.encoder.compile()
         model.projection_head.compile()
@@ -201,7 +164,7 @@ def _trainer(
         keep_checkpoints=config.keep_checkpoints,
         keep_every=config.keep_every,
         start_from=config.start_from or None,
-        evaluation=_online_evaluation(config, shard_set, loader.world),
+        evaluation=_online_evaluation(config, data_set, loader.world),
         evaluate_every=config.evaluation.every_epochs * loader.batches_per_epoch,
         faults=config.faults,
         interruption=interruption,
@@ -209,63 +172,57 @@ def _trainer(
 
 
 def _online_evaluation(
-    config: Config, shard_set: ShardSet, world: World
+    config: Config, data_set: DataSet, world: World
 ) -> online.OnlineEvaluation | None:
     """Score held-out images while training, and watch some training images for collapse."""
     settings = config.evaluation
     if not settings.test:
         return None
-    found = _labelled_sets(Path(settings.train or config.data.train), Path(settings.test))
+    texts = (settings.train or config.data.train, settings.test)
+    found = data_sets.labelled_sets(texts, config.data)
     sets = [_image_set(s, config.views.size, settings.most_images, world) for s in found]
-    pairs = _first_batch(config, shard_set, config.data.backend, NUM_WATCHED, world)
+    pairs = data_sets.first_batch(config, data_set, config.data.backend, NUM_WATCHED, world)
     return online.OnlineEvaluation(*sets, pairs_VBCHW=pairs.views_VBCHW)
 
 
-def _image_set(shard_set: ShardSet, size: int, most: int, world: World) -> online.ImageSet:
-    """Describe the first images of a shard set to the online evaluation."""
+def _image_set(data_set: DataSet, size: int, most: int, world: World) -> online.ImageSet:
+    """Describe the first images of a data set to the online evaluation."""
     return online.ImageSet(
-        name=str(shard_set.path),
-        label_X=shard_set.label_N[:most],
-        num_classes=shard_set.num_classes,
-        batches=lambda: evaluation_batches(shard_set, size, world=world, limit=most),
+        name=str(data_set.path),
+        label_X=data_set.labels(np.arange(min(most, len(data_set)))),
+        num_classes=data_set.num_classes,
+        batches=lambda: evaluation_batches(data_set, size, world=world, limit=most),
     )
 
 
-def _load_initial_weights(model: SimCLR, file: Path) -> None:
-    """Load a whole model, or an encoder alone.
+def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
+    """Load weights that are the model's, all of them and no other.
+
+    Args:
+        model: Module that gets them.
+        state: Tensors by name.
+        name: What messages call them.
 
     Raises:
-        ConfigError: If the file is no safetensors file, or its tensors are not the model's.
+        ConfigError: If they are another architecture's.
     """
-    try:
-        state = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"initial_weights {file} cannot be read ({error}): give a safetensors file, e.g. "
-            "RUN/checkpoints/step-*/model.safetensors."
-        ) from error
-    whole = any(key.startswith("projection_head.") for key in state)
-    target = model if whole or any(k.startswith("encoder.") for k in state) else model.encoder
-    if target is model and not whole:
-        state = {key.removeprefix("encoder."): value for key, value in state.items()}
-        target = model.encoder
-    wanted = {key: tuple(value.shape) for key, value in target.state_dict().items()}
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     if wrong := sorted(k for k in wanted.keys() | found if wanted.get(k) != found.get(k)):
         key = wrong[0]
         raise ConfigError(
-            f"initial_weights {file} do not fit the model: {len(wrong)} tensors differ, the first "
+            f"{name} do not fit the model: {len(wrong)} tensors differ, the first "
             f"is {key}: {found.get(key, 'missing')} there, {wanted.get(key, 'missing')} here. Use "
             "the encoder and head they were trained with."
         )
-    target.load_state_dict(state)
+    model.load_state_dict(state)
 
 
 def _refuse_another_run(run_dir: Path, config: Config) -> None:
     """Refuse to go on with a run under other settings."""
     if not (run_dir / "config.json").exists():
         return
-    before = _flat(_read_json(run_dir / "config.json")["config"])
+    before = _flat(read_json(run_dir / "config.json")["config"])
     now = _flat(json.loads(json.dumps(asdict(config))))
     names = [*now, *(key for key in before if key not in now)]
     changed = [k for k in names if before.get(k) != now.get(k) and k not in VOLATILE]
@@ -286,20 +243,17 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _without_secrets(config: dict[str, Any]) -> dict[str, Any]:
+    """Redact the URLs among a configuration's data sets."""
+    data = {**config["data"], "train": redacted_urls(config["data"]["train"])}
+    names = {name: redacted_urls(config["evaluation"][name]) for name in ("train", "test")}
+    return {**config, "data": data, "evaluation": {**config["evaluation"], **names}}
+
+
 def _share_cores(world: World) -> None:
     """Give each rank of this node its part of the cores, unless the user has said otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, num_cores() // world.num_local_ranks))
-
-
-def _data_facts(shard_set: ShardSet) -> dict[str, Any]:
-    """Say which data it was."""
-    return {
-        "path": str(shard_set.path),
-        "num_samples": len(shard_set),
-        "num_classes": shard_set.num_classes,
-        "digest": shard_set.digest,
-    }
 
 
 def _device_name(device: torch.device) -> str:
@@ -307,7 +261,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """Read one of a run's own files.
 
     Raises:
@@ -324,18 +278,18 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def load_run(run_dir: Path) -> Config:
     """Read the resolved configuration of a run."""
-    return Config.from_dict(_read_json(run_dir / "config.json")["config"])
+    return Config.from_dict(read_json(run_dir / "config.json")["config"])
 
 
-def evaluate(run_dir: Path, train_path: Path, test_path: Path, say: Say = print) -> dict[str, Any]:
+def evaluate(run_dir: Path, train: str, test: str, say: Say = print) -> dict[str, Any]:
     """Score a run's encoder, the same encoder untrained, and raw pixels; write ``scores.json``.
 
     Also writes the test features, ``features/h_test.npy`` and ``label_test.npy``, for the report.
 
     Args:
         run_dir: Folder of a training run with a checkpoint.
-        train_path: Labelled shard set the probes are fitted on.
-        test_path: Labelled shard set they are scored on.
+        train: Labelled data set the probes are fitted on; see :func:`.data_sets.open_data`.
+        test: Labelled data set they are scored on.
         say: Told what is being done.
 
     Raises:
@@ -347,23 +301,25 @@ def evaluate(run_dir: Path, train_path: Path, test_path: Path, say: Say = print)
     checkpoint = checkpointing.latest(run_dir / "checkpoints")
     if checkpoint is None:
         raise ConfigError(f"{run_dir} has no checkpoint yet: train it first.")
-    sets = _labelled_sets(train_path, test_path)
+    sets = data_sets.labelled_sets((train, test), config.data)
     trained, untrained = SimCLR.from_config(config).encoder, SimCLR.from_config(config).encoder
-    trained.load_state_dict(checkpointing.load_weights(checkpoint, "encoder."))
+    load_state(
+        trained, checkpointing.load_weights(checkpoint, "encoder."), f"weights of {checkpoint}"
+    )
     device = device_of(World())
     scores = {}
     for name, encoder in {"trained": trained, "untrained": untrained, "pixels": Pixels()}.items():
         say(f"{name}: features of {len(sets[0])} train and {len(sets[1])} test images")
-        train, test = (
+        train_X, test_X = (
             extract(encoder.to(device), evaluation_batches(s, config.views.size), device)
             for s in sets
         )
         if name == "trained":
-            _save_features(run_dir / "features", test)
+            _save_features(run_dir / "features", test_X)
         say(f"{name}: nearest neighbours")
-        knn_top1 = knn.knn_accuracy(train, test)
-        say(f"{name}: linear probe on {train.h_XF.shape[1]} features")
-        probe = linear.linear_probe(train, test)
+        knn_top1 = knn.knn_accuracy(train_X, test_X)
+        say(f"{name}: linear probe on {train_X.h_XF.shape[1]} features")
+        probe = linear.linear_probe(train_X, test_X)
         scores[name] = {
             "linear_top1": probe.top1,
             "linear_l2": probe.l2,
@@ -378,25 +334,18 @@ def evaluate(run_dir: Path, train_path: Path, test_path: Path, say: Say = print)
         "num_test": len(sets[1]),
         "num_classes": sets[0].num_classes,
         "class_names": sets[0].class_names,
-        "test": str(test_path),
+        "test": redacted_urls(test),
         "seconds": time.perf_counter() - started,
     }
-    write_json(run_dir / "scores.json", result)
+    write_json(run_dir / "scores.json", {**result, **_other_protocols(run_dir)})
     return result
 
 
-def _labelled_sets(*paths: Path) -> list[ShardSet]:
-    """Open shard sets that have the same classes."""
-    sets = [ShardSet.open(path) for path in paths]
-    for shard_set in sets:
-        if shard_set.label_N.min() < 0:
-            raise ConfigError(f"{shard_set.path} has images without a label: probes need labels.")
-        if shard_set.class_names != sets[0].class_names:
-            raise ConfigError(
-                f"{sets[0].path} has the classes {sets[0].class_names}, {shard_set.path} "
-                f"{shard_set.class_names}: a probe of one says nothing of the other."
-            )
-    return sets
+def _other_protocols(run_dir: Path) -> dict[str, Any]:
+    """Return what other protocols have written into ``scores.json``; each says what it is of."""
+    file = run_dir / "scores.json"
+    before = read_json(file) if file.exists() else {}
+    return {key: before[key] for key in ("protocols",) if key in before}
 
 
 def _save_features(folder: Path, features: Features) -> None:
@@ -406,46 +355,38 @@ def _save_features(folder: Path, features: Features) -> None:
     np.save(folder / "label_test.npy", features.label_X)
 
 
-def report(run_dir: Path) -> Path:
+def report(run_dir: Path, train: str = "", test: str = "") -> Path:
     """Write ``report.json`` and ``report.html`` of a run; return the page's path.
 
-    The shards it was trained and evaluated on have to be where they were, for the pictures.
+    For the pictures, the data it was trained and evaluated on has to be where it was.
+
+    Args:
+        run_dir: Folder of a training run.
+        train: Its training data, where that lies elsewhere now or its URL had secrets.
+        test: The test data of its scores, likewise.
     """
     config = load_run(run_dir)
-    shard_set = ShardSet.open(config.data.train)
+    data_set = data_sets.open_data(train or config.data.train, config.data)
     thumbnails = []
     if (run_dir / "scores.json").exists():
-        test = ShardSet.open(_read_json(run_dir / "scores.json")["test"])
+        text = test or read_json(run_dir / "scores.json").get("test", "")
+        test_set = data_sets.open_data(text, config.data) if text else []
         # Shard sets are shuffled when they are packed: the first rows are a sample of all.
-        thumbnails = [test[i] for i in range(min(len(test), NUM_THUMBNAILS))]
+        thumbnails = [test_set[i] for i in range(min(len(test_set), NUM_THUMBNAILS))]
     return write_report(
         run_dir,
-        view_pairs=_view_pairs(config, shard_set),
+        view_pairs=_view_pairs(config, data_set),
         thumbnails=thumbnails,
-        note=photos.NOTE if shard_set.class_names == photos.CLASS_NAMES else "",
+        note=photos.NOTE if data_set.class_names == photos.CLASS_NAMES else "",
     )
 
 
-def _view_pairs(config: Config, shard_set: ShardSet) -> list[ViewPair]:
+def _view_pairs(config: Config, data_set: DataSet) -> list[ViewPair]:
     """Draw the first epoch's views of a few images, as training saw them."""
-    batch = _first_batch(config, shard_set, "reference", NUM_PAIRS, World())
-    images = [shard_set[int(i)] for i in batch.sample_id_B]
+    views = (config.views, config.views_second or config.views)
+    exact = all(view.colour_model == "exact" for view in views)
+    backend = "reference" if exact else config.data.backend
+    batch = data_sets.first_batch(config, data_set, backend, NUM_PAIRS, World())
+    images = [data_set[int(i)] for i in batch.sample_id_B]
     views = batch.views_VBCHW.permute(0, 1, 3, 4, 2).numpy()
     return list(zip(images, views[0], views[1], strict=True))
-
-
-def _first_batch(
-    config: Config, shard_set: ShardSet, backend: str, num_images: int, world: World
-) -> Batch:
-    """Return this rank's part of the first images of epoch 0, as training sees them."""
-    loader = make_loader(
-        shard_set,
-        _policies(config),
-        micro_batch_size=max(1, min(num_images, len(shard_set)) // world.num_ranks),
-        seed=config.seed,
-        backend=backend,
-        world=world,
-        on_damage=config.data.on_damage,
-        most_damaged=config.data.most_damaged,
-    )
-    return next(iter(loader))

@@ -148,20 +148,36 @@ TOLERANCE: dict[str, tuple[float, float]] = {
 TAKE_BYTES = ("dali",)
 
 
-def resolve_backend(name: str, device: torch.device, in_memory: bool = False) -> str:
+def resolve_backend(
+    name: str,
+    device: torch.device,
+    in_memory: bool = False,
+    policies: Sequence[SimCLRPolicy] = (),
+) -> str:
     """Return the back-end that a name means on a device; only ``auto`` means another.
 
     ``auto`` is ``threads`` on a CPU, and ``dali`` on CUDA where it is installed; ``kornia`` where
-    these are not there.
+    these are not there. For colours that only ``dali`` makes it is ``dali`` on both.
 
     Args:
         name: Key of :data:`BACKENDS`, or ``auto``.
         device: Where the views are to lie.
         in_memory: Whether the images are decoded already.
+        policies: What the views are to be.
 
     Raises:
         ConfigError: If there is none of that name, or it needs encoded images and gets none.
     """
+    if name == "auto" and any(policy.colour_model != "exact" for policy in policies):
+        if in_memory or not _has_dali():
+            why, what = "DALI is not installed", "pip install 'fastclr[dali]'"
+            if in_memory:
+                why, what = "it takes no images in memory", "leave data.in_memory out"
+            raise ConfigError(
+                "views.colour_model asks for colours that only the back-end dali makes, and "
+                f"{why}: set it to exact, or {what}."
+            )
+        return "dali"
     if name == "auto":
         best = "dali" if device.type == "cuda" and _has_dali() and not in_memory else "kornia"
         best = "threads" if device.type == "cpu" else best

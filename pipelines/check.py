@@ -20,6 +20,7 @@ from fastclr.files import sha256_of, write_json, write_shared
 from pipelines.decode import DamagedImage, check_image
 from pipelines.errors import ShardError
 from pipelines.index import BLOCK, Index, Sample, dali_index, packed_members
+from pipelines.mixture import Mixture, open_sets
 from pipelines.order import Int64, uniforms
 from pipelines.packed import (
     MANIFEST,
@@ -30,6 +31,7 @@ from pipelines.packed import (
     read_manifest,
     sha256_problem,
 )
+from pipelines.shards import ShardSet
 from pipelines.tar_scan import IMAGES, Member, members
 
 _NAMED = 5  # problems of one kind that a shard names
@@ -103,6 +105,66 @@ def check_shards(
                     "keys count up through the set, so one is there twice or shards changed places"
                 )
             last_key = max(last, last_key)
+    return report
+
+
+def check_set(
+    text: str,
+    *,
+    share: float = 0.01,
+    on_start: Progress = lambda _: None,
+    on_bytes: Progress = lambda _: None,
+) -> CheckReport:
+    """Check what ``--data.train`` may name: see :func:`check_shards` for packed folders.
+
+    Of a set behind a URL every tar is fetched and compared with its sha256, every index read; of
+    tars made by others, which state no sha256, every header was read when they were opened.
+
+    Args:
+        text: Folder, URL, pattern, or a mixture of these.
+        share: Share of the samples that are decoded; 1 for all.
+        on_start: Called with the bytes of a packed folder's tars.
+        on_bytes: Called with the bytes of each tar when it is done.
+
+    Raises:
+        ShardError: If a set cannot be opened.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"share is {share}: give the part to decode, from 0 to 1.")
+    whole = open_sets(text)
+    report = CheckReport()
+    for part in whole.sets if isinstance(whole, Mixture) else [whole]:
+        if part.has_hashes and isinstance(part.path, Path):
+            one = check_shards(part.path, share=share, on_start=on_start, on_bytes=on_bytes)
+        else:
+            one = _check_part(part, share, on_bytes)
+        report.problems += one.problems
+        report.num_samples += one.num_samples
+        report.num_decoded += one.num_decoded
+    return report
+
+
+def _check_part(part: ShardSet, share: float, on_bytes: Progress) -> CheckReport:
+    """Check a set that is no packed folder here."""
+    report = CheckReport()
+    try:
+        if part.has_hashes:
+            part.verify(on_bytes)
+        report.num_samples = len(part.label_N)
+    except ShardError as error:
+        report.problems.append(str(error))
+        return report
+    for sample_id in _chosen(0, len(part), share).tolist():
+        report.num_decoded += 1
+        try:
+            found = check_image(part.read(sample_id))[1:]
+            if found != tuple(part.size_N2[sample_id].tolist()):
+                place = part.place(sample_id)
+                report.problems.append(f"{place} is {found} pixels, its index says otherwise")
+        except DamagedImage as error:
+            report.problems.append(f"{part.place(sample_id)} {error}")
+        except ShardError as error:
+            report.problems.append(str(error))
     return report
 
 

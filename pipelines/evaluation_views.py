@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -10,11 +11,11 @@ from PIL import Image
 
 from fastclr.world import World
 from pipelines.decode import Pixels
-from pipelines.shards import ShardSet
+from pipelines.image_set import ImageSet
 
 
 def evaluation_batches(
-    shard_set: ShardSet,
+    shard_set: ImageSet,
     size: int,
     batch_size: int = 256,
     world: World = World(),  # noqa: B008
@@ -39,10 +40,32 @@ def evaluation_batches(
     num_images = len(shard_set) if limit is None else min(limit, len(shard_set))
     start, stop = (num_images * (world.rank + k) // world.num_ranks for k in (0, 1))
     for first in range(start, stop, batch_size):
-        sample_ids = range(first, min(first + batch_size, stop))
-        images = np.stack([_centre(shard_set[i], size) for i in sample_ids])
-        labels = shard_set.label_N[first : sample_ids.stop]
-        yield torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
+        yield evaluation_range(shard_set, size, first, min(first + batch_size, stop))
+
+
+def evaluation_range(
+    shard_set: ImageSet, size: int, start: int, stop: int, num_threads: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images [start, stop), one or more, and labels, as :func:`evaluation_batches` does.
+
+    Args:
+        shard_set: Images.
+        size: Side of the square images in pixels.
+        start: First image.
+        stop: After the last image.
+        num_threads: Threads that decode.
+    """
+
+    def centre(sample_id: int) -> Pixels:
+        return _centre(shard_set[sample_id], size)
+
+    if num_threads > 1:
+        with ThreadPoolExecutor(num_threads) as pool:
+            images = list(pool.map(centre, range(start, stop)))
+    else:
+        images = [centre(sample_id) for sample_id in range(start, stop)]
+    labels = shard_set.labels(np.arange(start, stop))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 
 def _centre(image: Pixels, size: int) -> Pixels:

@@ -94,6 +94,8 @@ class ForeignShards:
         ShardError: If a tar cannot be read, more is damaged than allowed, or nothing is left.
     """
 
+    has_hashes = False
+
     def __init__(self, text: str, cache: Path, label_field: str | None, max_damaged: float) -> None:
         self.path: Path | str = text
         self._indexer = Indexer(cache, label_field)

@@ -84,7 +84,7 @@ class Loader:
             )
         self.shard_set, self.seed = shard_set, seed
         self.micro_batch_size, self.world, self.device = micro_batch_size, world, device
-        self.backend = resolve_backend(backend, device)
+        self.backend = resolve_backend(backend, device, policies=self.policies)
         self._num_threads, self._prefetch = num_threads or default_threads(world), prefetch
         self._backend = BACKENDS[self.backend](self.policies, device, self._num_threads)
         self._order = shard_set.order(seed)

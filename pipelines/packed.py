@@ -1,20 +1,19 @@
-"""The files of a packed shard set: its manifest, and its tars and indexes near or far."""
+"""The files of a packed shard set: its manifest, and its tars and indexes in a folder."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from fastclr.files import sha256_of, write_shared
+from fastclr.files import sha256_of
 from pipelines.errors import ShardError
 from pipelines.index import Index, parse_index
 from pipelines.order import Int64
@@ -148,12 +147,17 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = (folder / MANIFEST).read_bytes()
     except OSError as error:
-        raise ShardError(
-            f"{folder} is no shard set: {MANIFEST} cannot be read ({error.strerror}). It is "
-            "written last, so packing was never finished here, or the path is wrong; run "
-            "`python tools/make_shards.py SOURCE --out DIR`."
-        ) from error
+        raise no_shard_set(str(folder), str(error.strerror)) from error
     return parse_manifest(raw, str(folder / MANIFEST))
+
+
+def no_shard_set(place: str, why: str) -> ShardError:
+    """Make the error for a place without a manifest."""
+    return ShardError(
+        f"{place} is no shard set: {MANIFEST} cannot be read ({why}). It is written last, so "
+        "packing was never finished here, or the path is wrong; run `python tools/make_shards.py "
+        "SOURCE --out DIR`."
+    )
 
 
 def check_index(raw: bytes, shard: ShardEntry, num_classes: int, place: str) -> Index:
@@ -183,6 +187,8 @@ def check_index(raw: bytes, shard: ShardEntry, num_classes: int, place: str) -> 
 
 class LocalShards:
     """A packed set in a folder; see :class:`~pipelines.shards.Storage`."""
+
+    has_hashes = True
 
     def __init__(self, folder: Path) -> None:
         self.path: Path | str = folder
@@ -259,82 +265,3 @@ def sha256_problem(file: Path, found: str, shard: ShardEntry) -> str:
         f"{file} has sha256 {found}, its manifest says {shard.sha256}: its bytes "
         "changed after packing; restore it or pack again."
     )
-
-
-class Cache(Protocol):
-    """Whole verified copies of remote shards, on local disk."""
-
-    def open(self, url: str, *, num_bytes: int, sha256: str) -> int:
-        """Return a file descriptor of the copy, which the caller closes."""
-        ...
-
-    def prefetch(self, shards: Sequence[tuple[str, int, str]]) -> None:
-        """Begin to fetch shards (URL, bytes, sha256) that will be needed."""
-        ...
-
-
-class RemoteShards:
-    """A packed set behind a URL; see :class:`~pipelines.shards.Storage`.
-
-    Tars are read from whole local copies, indexes are kept beside these by their hash.
-    """
-
-    def __init__(self, url: str, folder: Path, cache_bytes: int) -> None:
-        remote = importlib.import_module("pipelines.remote")  # needed for remote sets only
-        self._url, self._folder = url, folder
-        self._fetch: Callable[[str], bytes] = remote.fetch
-        self._cache: Cache = remote.ShardCache(folder / "shards", cache_bytes)
-        self.path: Path | str = without_secrets(url)
-        raw = self._fetch(join_url(url, MANIFEST))
-        self.manifest = parse_manifest(raw, f"{self.path}/{MANIFEST}")
-        self.digest, self.class_names = self.manifest.digest, self.manifest.class_names
-        self.samples_of_shards = self.manifest.samples_of_shards
-        self._shards = self.manifest.shards
-
-    def file(self, number: int) -> str:
-        """Name a tar for an error."""
-        return f"{self.path}/{self._shards[number].file}"
-
-    def _place(self, number: int) -> tuple[str, int, str]:
-        shard = self._shards[number]
-        return join_url(self._url, shard.file), shard.num_bytes, shard.sha256
-
-    def open(self, number: int) -> int:
-        """Open the local copy of a tar; return its file descriptor, which the caller closes."""
-        url, num_bytes, sha256 = self._place(number)
-        return self._cache.open(url, num_bytes=num_bytes, sha256=sha256)
-
-    def index(self, number: int) -> Index:
-        """Read a shard's index, from the second time on from its local copy."""
-        shard = self._shards[number]
-        place, copy = f"{self.path}/{shard.index}", self._folder / "indexes" / shard.index_sha256
-        try:
-            return check_index(copy.read_bytes(), shard, len(self.class_names), str(copy))
-        except (OSError, ShardError):  # not here yet, or damaged here
-            raw = self._fetch(join_url(self._url, shard.index))
-        index = check_index(raw, shard, len(self.class_names), place)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        write_shared(copy, raw)
-        return index
-
-    def prefetch(self, numbers: Sequence[int]) -> None:
-        """Begin to fetch shards."""
-        self._cache.prefetch([self._place(number) for number in numbers])
-
-    def verify(self, number: int) -> int:
-        """Fetch a tar, which compares its sha256 with the manifest; return its length in bytes."""
-        os.close(self.open(number))
-        return self._shards[number].num_bytes
-
-
-def join_url(url: str, name: str) -> str:
-    """Return the URL of a file in a folder; a query, e.g. a signature, stays at the end."""
-    base, mark, query = url.partition("?")
-    return f"{base.rstrip('/')}/{name}{mark}{query}"
-
-
-def without_secrets(url: str) -> str:
-    """Return a URL without user, password and query, for messages and records."""
-    scheme, _, rest = url.partition("?")[0].partition("://")
-    authority, slash, path = rest.partition("/")
-    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}".rstrip("/")

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,10 @@ from pipelines.decode import DamagedImage, Pixels, decode
 from pipelines.errors import ShardError
 from pipelines.index import BLOCK, Index, Kept, Sample, header_problem
 from pipelines.order import WINDOW, BlockOrder, Int64
-from pipelines.packed import FORMAT, MANIFEST, VERSION, LocalShards, RemoteShards
+from pipelines.packed import FORMAT, MANIFEST, VERSION, LocalShards
+
+if TYPE_CHECKING:
+    from pipelines.remote import Patience
 
 __all__ = [
     "FORMAT",
@@ -60,8 +63,10 @@ class Storage(Protocol):
         digest: Changes when any sample does.
         class_names: Names of the labels; empty without labels.
         samples_of_shards: int64 (S,), samples in each shard.
+        has_hashes: Whether :meth:`verify` has something to compare with.
     """
 
+    has_hashes: bool
     path: Path | str
     digest: str
     class_names: list[str]
@@ -98,11 +103,12 @@ class ShardSet:
         path: Its folder, pattern, or URL without secrets.
         class_names: Names of the labels; empty without labels.
         digest: sha256 of the manifest, which holds the sha256 of everything else.
+        has_hashes: Whether a manifest states each tar's sha256.
     """
 
     def __init__(self, storage: Storage) -> None:
         self.path, self.digest = storage.path, storage.digest
-        self.class_names = storage.class_names
+        self.class_names, self.has_hashes = storage.class_names, storage.has_hashes
         self._storage = storage
         self._counts = storage.samples_of_shards
         self._ends = np.cumsum(self._counts)
@@ -121,6 +127,7 @@ class ShardSet:
         cache_bytes: int = CACHE_BYTES,
         label_field: str | None = None,
         max_damaged: float = 0.01,
+        patience: Patience | None = None,
     ) -> ShardSet:
         """Open a set from its manifest alone, or shards that have none.
 
@@ -135,17 +142,22 @@ class ShardSet:
                 without it a ``.cls`` is the label.
             max_damaged: Share of samples in tars made by others that may be unusable: they are left
                 out with a warning.
+            patience: Time-outs of remote storage, :class:`pipelines.remote.Patience`.
 
         Raises:
             ShardError: If there is no shard set, or anything contradicts its manifest.
-            OSError: If a remote manifest cannot be fetched.
+            StorageError: If a remote manifest cannot be fetched, an OSError.
+            ConfigError: If a URL is refused, or the cache folder cannot be used.
         """
         text = str(path)
         if text.startswith("pipe:"):
             raise ConfigError(f"{text} is a command: fastclr runs none. Give a folder or a URL.")
         cache = Path(cache_dir) if cache_dir else user_cache()
         if "://" in text:
-            return cls(RemoteShards(text, cache, cache_bytes))
+            from pipelines import remote, remote_shards  # not needed for what is here
+
+            patience = patience or remote.Patience()
+            return cls(remote_shards.RemoteShards(text, cache, cache_bytes, patience))
         from pipelines import foreign  # not needed for our own
 
         if foreign.is_foreign(text):

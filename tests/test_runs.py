@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastclr import runs
+from fastclr import data_sets, runs
 from fastclr.config import Config, ConfigError, ViewsConfig
 
 CONFIG = Config(epochs=1, run_dir="-")
@@ -28,7 +28,12 @@ def go_on(folder: Path, before: Config, now: Config) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [{"on_damage": "replace", "most_damaged": 7}, {"in_memory": True}, {"num_threads": 3}],
+    [
+        {"on_damage": "replace", "most_damaged": 7},
+        {"in_memory": True},
+        {"num_threads": 3},
+        {"cache_dir": "/tmp/x", "cache_gib": 2.5},
+    ],
 )
 def test_what_may_change(tmp_path: Path, data: dict[str, Any]) -> None:
     go_on(tmp_path, CONFIG, changed(**data))
@@ -36,13 +41,13 @@ def test_what_may_change(tmp_path: Path, data: dict[str, Any]) -> None:
 
 
 def test_auto_is_settled_before_runs_are_compared(tmp_path: Path) -> None:
-    settled = runs._settle_backend(CONFIG, torch.device("cpu"))
+    settled = data_sets.settle_backend(CONFIG, torch.device("cpu"))
     assert settled.data.backend != "auto"
     go_on(tmp_path, settled, settled)
     with pytest.raises(ConfigError, match=r"data\.backend: reference before, "):
         go_on(tmp_path, changed(backend="reference"), settled)
     explicit = changed(backend="reference")
-    assert runs._settle_backend(explicit, torch.device("cpu")) == explicit
+    assert data_sets.settle_backend(explicit, torch.device("cpu")) == explicit
 
 
 def test_a_second_policy_is_another_run_both_ways(tmp_path: Path) -> None:
@@ -56,6 +61,19 @@ def test_a_second_policy_is_another_run_both_ways(tmp_path: Path) -> None:
 
 def test_each_view_has_its_policy() -> None:
     second = ViewsConfig(flip_prob=0.25)
-    first, other = runs._policies(replace(CONFIG, views_second=second))
+    first, other = data_sets.policies_of(replace(CONFIG, views_second=second))
     assert (first.flip_prob, other.flip_prob) == (0.5, 0.25)
-    assert runs._policies(CONFIG)[0] == runs._policies(CONFIG)[1]
+    assert data_sets.policies_of(CONFIG)[0] == data_sets.policies_of(CONFIG)[1]
+
+
+def test_no_secret_of_a_url_is_written_down() -> None:
+    url = "https://me:hunter1@host/set?sig=hunter2"
+    evaluation = replace(CONFIG.evaluation, test=url, train=f"{url}:0.5,data/b:0.5")
+    config = replace(changed(train=url), evaluation=evaluation)
+    written = runs._without_secrets(asdict(config))
+    assert "hunter" not in json.dumps(written)
+    again = Config.from_dict(json.loads(json.dumps(written)))
+    with pytest.raises(ConfigError, match=r"https://\*\*\*@host/set\?\*\*\* only.*--train"):
+        data_sets.open_data(again.data.train, again.data)
+    plain = replace(changed(train="s3://b/c:0.7,data/d:0.3"), evaluation=CONFIG.evaluation)
+    assert runs._without_secrets(asdict(plain)) == asdict(plain)

@@ -11,12 +11,14 @@ import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from fastclr.cli import guard
-from pipelines.check import check_shards, repair_indexes
+from pipelines.check import CheckReport, check_set, check_shards, repair_indexes
 from pipelines.errors import ShardError
+from pipelines.packed import MANIFEST
+from pipelines.remote import redacted_urls
 
 
 def check(
-    folder: Annotated[Path, tyro.conf.Positional],
+    path: Annotated[str, tyro.conf.Positional],
     share: float = 0.01,
     all: bool = False,
     repair_index: bool = False,
@@ -24,24 +26,32 @@ def check(
     """Compare every file with the manifest and every index with its tar; decode some images.
 
     Args:
-        folder: A set made by tools/make_shards.py.
+        path: A set made by tools/make_shards.py, here or behind a URL; others' tars; a mixture.
         share: Share of the images that are decoded, at least one a shard.
         all: Decode all images.
-        repair_index: First make missing or damaged indexes again from tars that are whole.
+        repair_index: First make missing or damaged indexes again from tars that are whole; of a
+            packed folder on this machine.
     """
+    name = redacted_urls(path)
     if repair_index:
-        repaired = _with_bar(f"repairing {folder}", repair_indexes, folder)
-        print(f"{folder}: {len(repaired.files)} indexes written again")
+        repaired = _with_bar(f"repairing {name}", repair_indexes, path)
+        print(f"{name}: {len(repaired.files)} indexes written again")
         if repaired.num_lost:
             print(f"the sources of {repaired.num_lost} images could not be read and are lost")
         if repaired.digest_changed:
             print("the set has another digest now: runs that used it cannot go on with it")
-    found = _with_bar(f"checking {folder}", check_shards, folder, share=1 if all else share)
+    found = _with_bar(f"checking {name}", _checked, path, share=1 if all else share)
     what = f"{found.num_samples} images in place, {found.num_decoded} of them decoded"
     if found.problems:
         lines = "\n  ".join(found.problems)
-        raise ShardError(f"{folder}: {what}; {len(found.problems)} problems:\n  {lines}")
-    print(f"{folder}: {what}; all is well")
+        raise ShardError(f"{name}: {what}; {len(found.problems)} problems:\n  {lines}")
+    print(f"{name}: {what}; all is well")
+
+
+def _checked(path: str, **options: Any) -> CheckReport:
+    """Check a packed folder with whatever is missing in it, or what opens as a set."""
+    packed = (Path(path) / MANIFEST).is_file()
+    return check_shards(path, **options) if packed else check_set(path, **options)
 
 
 def _with_bar(what: str, work: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -11,13 +11,13 @@ import tyro
 
 from fastclr.cli import guard
 from fastclr.config import ViewsConfig
+from pipelines.mixture import open_sets
 from pipelines.policy import SimCLRPolicy
-from pipelines.shards import ShardSet
 from pipelines.view_sheet import view_sheet
 
 
 def show_views(
-    path: Annotated[Path, tyro.conf.Positional],
+    path: Annotated[str, tyro.conf.Positional],
     out: Path,
     views: ViewsConfig = ViewsConfig(),  # noqa: B008
     num_images: int = 8,
@@ -28,7 +28,7 @@ def show_views(
     """Draw the first images of an epoch, both views of each, and the numbers they were made with.
 
     Args:
-        path: Shard set.
+        path: Data set: a folder, a URL, others' tars, or a mixture a:0.7,b:0.3.
         out: PNG to write, e.g. views.png.
         views: Augmentation, with the flags and meaning of training.
         num_images: Images, a row each.
@@ -37,7 +37,7 @@ def show_views(
         backend: Augmentation back-end.
     """
     sheet = view_sheet(
-        ShardSet.open(path),
+        open_sets(path),
         SimCLRPolicy(**asdict(views)),
         num_images=num_images,
         seed=seed,

@@ -104,7 +104,7 @@ def write_report(
     summary = _read_object(run_dir / "summary.json")
     metrics = _read_metrics(run_dir / "metrics.jsonl")
     evaluations = _read_evaluations(run_dir / "evaluations.jsonl")
-    has_scores = (run_dir / "scores.json").exists()
+    has_scores = _has_scores(run_dir / "scores.json")
     scores = _read_object(run_dir / "scores.json") if has_scores else None
     report = _report(record, summary, scores)
     body = [
@@ -181,6 +181,16 @@ def _read_row(path: Path, number: int, line: bytes, names: Sequence[str]) -> lis
             f"{path}, line {number} is no row of metrics ({type(error).__name__}: {error}): "
             f"the curves would have a hole. Delete that line. It starts {line[:60]!r}."
         ) from error
+
+
+def _has_scores(file: Path) -> bool:
+    """Tell whether there are the quick protocol's scores, which the page shows."""
+    if not file.exists():
+        return False
+    try:
+        return set(json.loads(file.read_text(encoding="utf-8"))) != {"protocols"}
+    except (OSError, ValueError, TypeError):
+        return True  # damaged: reading it says so
 
 
 def _report(record: Mapping, summary: Mapping, scores: Mapping | None) -> dict[str, Any]:

@@ -10,12 +10,23 @@ from __future__ import annotations
 from pipelines.errors import ShardError
 from pipelines.remote.cache import ShardCache as ShardCache
 from pipelines.remote.download import DEFAULT, download
+from pipelines.remote.retries import NoSuchObject as NoSuchObject
 from pipelines.remote.retries import Patience as Patience
 from pipelines.remote.retries import StorageError as StorageError
 from pipelines.remote.urls import PROTOCOLS as PROTOCOLS
 from pipelines.remote.urls import redacted as redacted
+from pipelines.remote.urls import redacted_urls as redacted_urls
 
-__all__ = ["PROTOCOLS", "Patience", "ShardCache", "StorageError", "fetch", "redacted"]
+__all__ = [
+    "PROTOCOLS",
+    "NoSuchObject",
+    "Patience",
+    "ShardCache",
+    "StorageError",
+    "fetch",
+    "redacted",
+    "redacted_urls",
+]
 
 
 def fetch(
@@ -25,6 +36,7 @@ def fetch(
     num_bytes: int | None = None,
     sha256: str | None = None,
     patience: Patience = DEFAULT,
+    public_only: bool = False,
 ) -> bytes:
     """Return a small object whole.
 
@@ -34,14 +46,23 @@ def fetch(
         num_bytes: Length it must have, if that is known.
         sha256: Hash it must have, if that is known.
         patience: Time-outs.
+        public_only: Whether an http host of the own network is refused.
 
     Raises:
         StorageError: If it cannot be read in time.
+        NoSuchObject: If the storage says that it does not exist.
         ShardError: If it is larger, or not what length and hash say.
         ConfigError: If the URL is refused.
     """
     memory = _Memory(url, max_bytes)
-    download(url, memory, num_bytes=num_bytes, sha256=sha256, patience=patience)
+    download(
+        url,
+        memory,
+        num_bytes=num_bytes,
+        sha256=sha256,
+        patience=patience,
+        public_only=public_only,
+    )
     return bytes(memory.data)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from pipelines.errors import ShardError
@@ -11,6 +12,8 @@ from pipelines.remote.retries import (
     Changed,
     Deadline,
     Final,
+    Missing,
+    NoSuchObject,
     Patience,
     StorageError,
     Wrong,
@@ -34,6 +37,7 @@ def download(
     sha256: str | None = None,
     patience: Patience = DEFAULT,
     deadline: Deadline | None = None,
+    public_only: bool = False,
 ) -> None:
     """Read an object into a sink; when it returns, all of it is there and as expected.
 
@@ -47,13 +51,18 @@ def download(
         sha256: Hash it must have, hexadecimal.
         patience: Time-outs.
         deadline: When to give up; by default the patience's, from now.
+        public_only: Whether an http host of the own network is refused: for URLs that nobody
+            typed. ``FASTCLR_ALLOW_INTERNAL=1`` lifts it.
 
     Raises:
         StorageError: If it does not come in time, or the answer says that it never will.
+        NoSuchObject: If the answer is that it does not exist.
         ShardError: If what comes, several times, is not what is expected.
         ConfigError: If the URL is none that may be read.
     """
-    read = web.read if protocol_of(url) in ("http", "https") else objects.read
+    read = objects.read
+    if protocol_of(url) in ("http", "https"):
+        read = functools.partial(web.read, public_only=public_only)
     deadline = deadline or patience.deadline(num_bytes)
     transfer = Transfer(sink, num_bytes, sha256)
     tries, failures, num_wrong, why = 0, 0, 0, ""
@@ -66,7 +75,8 @@ def download(
             read(url, transfer, deadline, patience)
             return
         except Final as error:
-            raise StorageError(_given_up(url, f"{error}", tries, deadline)) from None
+            kind = NoSuchObject if isinstance(error, Missing) else StorageError
+            raise kind(_given_up(url, f"{error}", tries, deadline)) from None
         except Again as error:
             last = error
         # A try that the deadline cut short says less than the one before it.
@@ -92,6 +102,6 @@ def _given_up(url: str, why: str, tries: int, deadline: Deadline) -> str:
     """Say that an object was not read."""
     return (
         f"{redacted(url)} cannot be read: {why} ({tries} tries in {deadline.elapsed:.1f} "
-        f"of {deadline.seconds:.0f} s). Training needs all of its data: check the address, the "
-        "network and the credentials, and start again; it goes on where it stopped."
+        f"of {deadline.seconds:.0f} s). Check the address, the network and the credentials, "
+        "and start again: a run goes on where it stopped."
     )

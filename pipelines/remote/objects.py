@@ -14,6 +14,7 @@ from pipelines.remote.retries import (
     Changed,
     Deadline,
     Final,
+    Missing,
     Patience,
     StorageError,
     refusal,
@@ -24,7 +25,7 @@ from pipelines.remote.urls import protocol_of, redacted_text
 BLOCK = 8 << 20  # bytes a request: few enough to come within read_seconds on a slow line
 
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
-_HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+_HOPELESS = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
 
 
@@ -69,8 +70,20 @@ def read(url: str, transfer: Transfer, deadline: Deadline, patience: Patience) -
     transfer.check_end()
 
 
+def file_system(url: str, patience: Patience) -> tuple[Any, str]:
+    """Return fsspec's file system for listing, which tries again by itself, and a URL's path in it.
+
+    Raises:
+        ConfigError: If the URL is refused, or the package for its protocol is missing.
+    """
+    fs = _file_system(protocol_of(url), patience, os.getpid(), _environment(), True)
+    return fs, fs._strip_protocol(url)
+
+
 @functools.lru_cache(maxsize=8)
-def _file_system(protocol: str, patience: Patience, pid: int, environment: int) -> Any:
+def _file_system(
+    protocol: str, patience: Patience, pid: int, environment: int, tries_again: bool = False
+) -> Any:
     """Return the file system of a protocol, made in this process and for this environment.
 
     None survives a fork.
@@ -78,7 +91,12 @@ def _file_system(protocol: str, patience: Patience, pid: int, environment: int) 
     Credentials are found by the cloud's own library: environment, profile, the machine's role.
     """
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-    if protocol == "s3":
+    if protocol == "s3" and tries_again:
+        options["config_kwargs"] = {
+            "connect_timeout": patience.connect_seconds,
+            "read_timeout": patience.read_seconds,
+        }
+    elif protocol == "s3":
         # Its own retries are switched off (here and in botocore): they know no deadline.
         options["config_kwargs"] = {
             "connect_timeout": patience.connect_seconds,
@@ -95,7 +113,7 @@ def _file_system(protocol: str, patience: Patience, pid: int, environment: int) 
             f"{protocol}:// needs the package {package}, which cannot be imported ({error}): "
             f"`pip install {package}`."
         ) from error
-    if protocol == "s3":
+    if protocol == "s3" and not tries_again:
         fs.retries = 1
     return fs
 
@@ -134,6 +152,8 @@ def _meaning(error: Exception) -> Again | Final:
             return refusal(status, about.get("HTTPHeaders", {}).get("retry-after"))
         cause = cause.__cause__
     what = f"{type(error).__name__}: {redacted_text(str(error))}"
+    if isinstance(error, FileNotFoundError):
+        return Missing(what)
     if isinstance(error, _HOPELESS) or type(error).__name__ in _NO_CREDENTIALS:
         return Final(what)
     return Again(what)

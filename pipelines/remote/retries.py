@@ -45,6 +45,10 @@ class StorageError(OSError):
     """Storage that stays unreachable, refuses, or is full."""
 
 
+class NoSuchObject(StorageError, FileNotFoundError):
+    """Storage that answers, and says that there is no such object."""
+
+
 class Again(Exception):
     """A try that failed in a way that may pass; its text says how.
 
@@ -67,6 +71,10 @@ class Wrong(Again):
 
 class Final(Exception):
     """A failure that trying again would not mend; its text says which."""
+
+
+class Missing(Final):
+    """The storage says that there is no such object."""
 
 
 class Deadline:
@@ -138,7 +146,8 @@ def refusal(status: int, retry_after: str | None) -> Again | Final:
         404: ": there is no such object",
         410: ": there is no such object any more",
     }
-    return Final(f"status {status}{hints.get(status, '')}")
+    kind = Missing if status in (404, 410) else Final
+    return kind(f"status {status}{hints.get(status, '')}")
 
 
 def _seconds(retry_after: str | None) -> float:

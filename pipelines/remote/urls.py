@@ -38,9 +38,14 @@ def redacted(url: str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
+def redacted_urls(text: str) -> str:
+    """Return a text with the URLs in it redacted."""
+    return _URL_IN_TEXT.sub(lambda found: redacted(found[0]), text)
+
+
 def redacted_text(text: str) -> str:
     """Return another program's words, with the URLs in them redacted, on one short line."""
-    line = " ".join(_URL_IN_TEXT.sub(lambda found: redacted(found[0]), text).split())
+    line = " ".join(redacted_urls(text).split())
     return line if len(line) <= 200 else line[:200] + "..."
 
 
@@ -86,6 +91,15 @@ def _meanings(address: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Addres
     return [ip, *(inner for inner in wrapped if inner)]
 
 
+def internal_refused(addresses: Sequence[str]) -> str | None:
+    """Say why a host that is not trusted is not asked; None if it may be."""
+    if os.environ.get("FASTCLR_ALLOW_INTERNAL") == "1":
+        return None
+    for address in filter(is_internal, addresses):
+        return f"{address} is an internal address (FASTCLR_ALLOW_INTERNAL=1 would allow it)"
+    return None
+
+
 def redirect_refused(
     old: str, new: str, addresses: Sequence[str], *, named_is_internal: bool
 ) -> str | None:
@@ -104,10 +118,7 @@ def redirect_refused(
     schemes = urlsplit(old).scheme, urlsplit(new).scheme
     if schemes[0] != schemes[1] and schemes != ("http", "https"):
         return f"it changes {schemes[0]} to {schemes[1]}"
-    if os.environ.get("FASTCLR_ALLOW_INTERNAL") == "1":
-        return None
-    for address in addresses:
-        link_local = any(ip.is_link_local for ip in _meanings(address))
-        if is_internal(address) and (link_local or not named_is_internal):
-            return f"{address} is an internal address (FASTCLR_ALLOW_INTERNAL=1 would allow it)"
-    return None
+    if not named_is_internal:
+        return internal_refused(addresses)
+    link_local = [a for a in addresses if any(ip.is_link_local for ip in _meanings(a))]
+    return internal_refused(link_local)

@@ -15,6 +15,7 @@ import io
 import os
 import socket
 import ssl
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
@@ -29,7 +30,13 @@ from pipelines.remote.retries import (
     refusal,
 )
 from pipelines.remote.transfer import Transfer
-from pipelines.remote.urls import is_internal, protocol_of, redacted, redirect_refused
+from pipelines.remote.urls import (
+    internal_refused,
+    is_internal,
+    protocol_of,
+    redacted,
+    redirect_refused,
+)
 
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -37,8 +44,22 @@ _TRUST = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # what OpenSSL's defaults are replac
 BLOCK = 1 << 18  # bytes asked of the socket at a time
 
 
-def read(url: str, transfer: Transfer, deadline: Deadline, patience: Patience) -> None:
+def read(
+    url: str,
+    transfer: Transfer,
+    deadline: Deadline,
+    patience: Patience,
+    *,
+    public_only: bool = False,
+) -> None:
     """Read what is missing of an object into a transfer.
+
+    Args:
+        url: What to read.
+        transfer: Where its bytes go.
+        deadline: When to give up.
+        patience: Time-outs.
+        public_only: Whether its host must not be one of the own network.
 
     Raises:
         Again: If this try failed; what came before the failure stays.
@@ -50,7 +71,7 @@ def read(url: str, transfer: Transfer, deadline: Deadline, patience: Patience) -
         if transfer.version.startswith('"'):
             headers["If-Match"] = transfer.version
     try:
-        with closing(_Hop(url, deadline, patience).follow(headers)) as hop:
+        with closing(_Hop(url, deadline, patience).follow(headers, public_only)) as hop:
             _begin(hop.response, transfer)
             while block := hop.response.read1(BLOCK):
                 transfer.add(block)
@@ -65,6 +86,22 @@ def read(url: str, transfer: Transfer, deadline: Deadline, patience: Patience) -
     except (OSError, http.client.HTTPException) as error:
         raise Again(_said(error, transfer)) from None
     transfer.check_end()
+
+
+def head(url: str, deadline: Deadline, patience: Patience) -> Mapping[str, str]:
+    """Return the headers of an object.
+
+    Raises:
+        OSError: If they do not come.
+        HTTPException: If what comes is no http.
+        Final: If the answer is another, or a redirect leads where it must not.
+        Again: Likewise, where asking again may help.
+    """
+    headers = {"Accept-Encoding": "identity", "User-Agent": "fastclr", "Connection": "close"}
+    with closing(_Hop(url, deadline, patience, "HEAD").follow(headers, False)) as hop:
+        if hop.response.status != 200:
+            raise refusal(hop.response.status, None)
+        return {name.lower(): value for name, value in hop.response.headers.items()}
 
 
 def _said(error: Exception, transfer: Transfer) -> str:
@@ -117,8 +154,11 @@ class _Hop:
     a name that resolves differently the second time changes nothing.
     """
 
-    def __init__(self, url: str, deadline: Deadline, patience: Patience) -> None:
+    def __init__(
+        self, url: str, deadline: Deadline, patience: Patience, method: str = "GET"
+    ) -> None:
         self.url, self._deadline, self._patience = url, deadline, patience
+        self._method = method
         self._parts = urlsplit(url)
         self._tls = self._parts.scheme == "https"
         self._port = self._parts.port or (443 if self._tls else 80)
@@ -129,13 +169,15 @@ class _Hop:
         self.response: http.client.HTTPResponse
         self._raw: socket.socket | None = None
 
-    def follow(self, headers: dict[str, str]) -> _Hop:
+    def follow(self, headers: dict[str, str], public_only: bool) -> _Hop:
         """Ask, and follow at most 5 redirects; return the hop with the last answer, to be closed.
 
         Raises:
-            Final: If a redirect leads where it must not.
+            Final: If the URL or a redirect leads where it must not.
             Again: If there are too many of them.
         """
+        if public_only and (reason := internal_refused(self.addresses)):
+            raise Final(f"it is not asked: {reason}")
         named, hop = self, self
         named_is_internal = any(map(is_internal, named.addresses))
         authorization = _basic(named.url)
@@ -167,7 +209,7 @@ class _Hop:
             protocol_of(url)
         except ValueError:
             raise Final(f"{where} is no URL") from None
-        hop = _Hop(url, self._deadline, self._patience)
+        hop = _Hop(url, self._deadline, self._patience, self._method)
         reason = redirect_refused(self.url, url, hop.addresses, named_is_internal=named_is_internal)
         if reason:
             raise Final(f"{where} is not followed: {reason}")
@@ -184,7 +226,7 @@ class _Hop:
         connection.sock = timed
         path = quote(self._parts.path or "/", safe="/%:@!$&'()*+,;=~")
         query = quote(self._parts.query, safe="/%:@!$&'()*+,;=~?")
-        connection.request("GET", path + (f"?{query}" if query else ""), headers=headers)
+        connection.request(self._method, path + (f"?{query}" if query else ""), headers=headers)
         self.response = connection.getresponse()
 
     def _connect(self, host: str) -> socket.socket:

@@ -15,7 +15,7 @@ from fastclr.config import ConfigError
 from pipelines.shards import FORMAT, MANIFEST
 from pipelines.sources.folders import list_folder, list_remote_folder
 from pipelines.sources.images import Listing, SourceOptions, is_hidden
-from pipelines.sources.opening import check_url, list_url, matches_url, open_url, scheme_of, shown
+from pipelines.sources.opening import check_url, list_url, matches_url, read_start, scheme_of, shown
 from pipelines.sources.records import find_records
 from pipelines.sources.samples import holds_samples, list_samples
 from pipelines.sources.spool import localised
@@ -232,10 +232,9 @@ def _some(folder: Path, end: str) -> Iterator[Path]:
 def _packed_set(manifest: str) -> tuple[list[str], list[str]] | None:
     """Return class names and tars of a set packed by fastclr; None without its manifest."""
     try:
-        with open_url(manifest) as stream:
-            raw = stream.read(_MAX_MANIFEST)
-    except OSError:
-        return None  # whoever lists the folder says what is wrong with it
+        raw = read_start(manifest, _MAX_MANIFEST)
+    except FileNotFoundError:
+        return None
     try:
         parsed = json.loads(raw)
         if not isinstance(parsed, dict) or parsed.get("format") != FORMAT:

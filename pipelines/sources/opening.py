@@ -1,22 +1,32 @@
-"""Files behind URLs, through fsspec: read, copied from, listed; the only place that knows it."""
+"""Files behind URLs, for packing: fetched whole by :mod:`pipelines.remote`, listed by fsspec."""
 
 from __future__ import annotations
 
+import http.client
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-import fsspec
-
 from fastclr.config import ConfigError
+from pipelines.errors import ShardError
+from pipelines.remote import Patience, fetch
+from pipelines.remote.download import download
+from pipelines.remote.objects import file_system
+from pipelines.remote.retries import Again, Final
+from pipelines.remote.urls import protocol_of
+from pipelines.remote.web import head
+
+PATIENCE = Patience()
+# Tables of URLs have many dead ones, each of which is waited for.
+IMAGE_PATIENCE = Patience(connect_seconds=10, read_seconds=20, deadline_seconds=30)
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/@?#]*@|[?#].*", re.DOTALL)
 _QUERY = re.compile(r"[?#].*", re.DOTALL)
-_EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3"}
 
 
 def scheme_of(text: str) -> str:
@@ -38,40 +48,14 @@ def shown(url: str) -> str:
 
 
 def check_url(url: str) -> None:
-    """Refuse a source that is no plain URL of a known file system.
+    """Refuse a source that is no plain URL of :data:`~pipelines.remote.urls.PROTOCOLS`.
 
     Raises:
         ConfigError: For ``pipe:``, chains (``zip::s3://``) and unknown schemes.
     """
-    scheme = scheme_of(url)
-    plain = re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) and "://" in url
-    if not plain or "::" in url.partition("?")[0]:
+    if "://" not in url or "::" in url.partition("?")[0]:
         raise ConfigError(f"source {shown(url)} is no plain URL: give SCHEME://PATH, not a chain.")
-    if scheme not in fsspec.available_protocols():
-        raise ConfigError(
-            f"source {shown(url)} has the scheme {scheme!r}, which no installed file system reads "
-            "(a pipe: runs commands and is never followed): give a local path, http(s) or s3."
-        )
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL and the path in it."""
-    scheme = scheme_of(url)
-    try:
-        # Listings are not kept: a bucket of 10^7 names would stay in memory.
-        options: dict[str, Any] = {"use_listings_cache": False}
-        if scheme in ("http", "https"):
-            import aiohttp
-
-            # By default a download ends after 5 minutes, whole or not.
-            wait = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
-            options["client_kwargs"] = {"timeout": wait}
-        file_system = fsspec.filesystem(scheme, **options)
-    except (ImportError, ValueError) as error:
-        extra = _EXTRAS.get(scheme)
-        what = f"`pip install 'fastclr[{extra}]'`" if extra else "the package of that file system"
-        raise ConfigError(f"{shown(url)} needs {what} ({error}).") from error
-    return file_system, file_system._strip_protocol(url)
+    protocol_of(url)
 
 
 @contextmanager
@@ -88,27 +72,47 @@ def _as_os_error(url: str) -> Iterator[None]:
         raise kind(f"{shown(url)} cannot be read ({what})") from None
 
 
-@contextmanager
-def open_url(url: str) -> Iterator[BinaryIO]:
-    """Open a local path or URL for one reading from the beginning.
+class _Into:
+    """The sink of a file."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def begin(self, num_bytes: int | None) -> None:
+        self._stream.seek(0)
+        self._stream.truncate()
+
+    def write(self, block: bytes) -> None:
+        self._stream.write(block)
+
+
+def fetch_into(url: str, stream: BinaryIO) -> None:
+    """Write the whole of a URL that the user gave into a file.
 
     Raises:
-        OSError: If it cannot be opened; also where reading in the block fails.
+        OSError: If it does not come whole.
     """
-    if "://" not in url:
-        with open(url, "rb") as stream:  # noqa: PTH123 - names that are no UTF-8
-            yield stream
-        return
-    with _as_os_error(url):
-        file_system, path = _file_system(url)
-        # Over http a block size of 0 streams: no server has to know ranges.
-        options = {"block_size": 0} if scheme_of(url) in ("http", "https") else {}
-        with file_system.open(path, "rb", **options) as stream:
-            yield stream
+    download(url, _Into(stream), patience=PATIENCE)
+
+
+def read_start(place: str, most: int) -> bytes:
+    """Read a small file, local or behind a URL, at most ``most`` bytes of a local one.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        OSError: If it cannot be read.
+    """
+    if "://" in place:
+        return fetch(place, most, patience=PATIENCE)
+    with Path(place).open("rb") as stream:
+        return stream.read(most)
 
 
 def read_url(url: str, offset: int, num_bytes: int, most: int) -> bytes:
-    """Read a range of a URL, all of it or an error.
+    """Read a range of a URL that a listing or a table gave, all of it or an error.
+
+    It is fetched whole. An http host of the own network is refused, unless
+    ``FASTCLR_ALLOW_INTERNAL=1``: a table must not make this machine ask its own network for it.
 
     Args:
         url: URL.
@@ -117,24 +121,16 @@ def read_url(url: str, offset: int, num_bytes: int, most: int) -> bytes:
         most: Bytes beyond which it is refused.
 
     Raises:
-        OSError: If it cannot be read, ends too early or is too long.
+        OSError: If it cannot be read, has another length or is too long.
     """
-    with open_url(url) as stream:
-        if offset:
-            stream.seek(offset)
-        pieces, found = [], 0
-        wanted = num_bytes if num_bytes >= 0 else most + 1
-        while found < wanted and (piece := stream.read(min(wanted - found, 1 << 22))):
-            pieces.append(piece)
-            found += len(piece)
-        size = getattr(stream, "size", None)
-    if found > most:
-        raise OSError(f"{shown(url)} has more than {most} bytes, too many for an image")
-    if num_bytes < 0:
-        wanted = found if size is None else size - offset
-    if found != wanted:
-        raise OSError(f"{shown(url)}: {found} of {wanted} bytes came: it was cut or has changed")
-    return b"".join(pieces)
+    try:
+        data = fetch(url, most, patience=IMAGE_PATIENCE, public_only=True)
+    except ShardError as error:
+        raise OSError(f"{shown(url)} has more than {most} bytes, too many for an image") from error
+    there = len(data) if not offset else min(num_bytes, len(data) - offset)
+    if 0 <= num_bytes != there:
+        raise OSError(f"{shown(url)}: {there} of {num_bytes} bytes came: it has changed")
+    return data[offset:] if num_bytes < 0 else data[offset : offset + num_bytes]
 
 
 def identity_of(url: str) -> str | None:
@@ -143,16 +139,22 @@ def identity_of(url: str) -> str | None:
     Raises:
         OSError: If it is not there.
     """
-    with _as_os_error(url):
-        file_system, path = _file_system(url)
-        about = file_system.info(path)
-    etag = about.get("ETag") or about.get("etag")
-    changed = about.get("LastModified") or about.get("mtime") or about.get("created")
-    if not etag and not changed and (text := about.get("Last-Modified")):
-        changed = _settled(text)
-    if about.get("size") is None or not (etag or changed):
+    if scheme_of(url) in ("http", "https"):
+        try:
+            about: Any = head(url, PATIENCE.deadline(None), PATIENCE)
+        except (OSError, Again, Final, http.client.HTTPException):
+            return None  # fetching it will say what is wrong
+        size, etag = about.get("content-length"), about.get("etag")
+        changed = _settled(about.get("last-modified", ""))
+    else:
+        with _as_os_error(url):
+            fs, path = file_system(url, PATIENCE)
+            about = fs.info(path)
+        size, etag = about.get("size"), about.get("ETag") or about.get("etag")
+        changed = about.get("LastModified") or about.get("mtime") or about.get("created")
+    if size is None or not (etag or changed):
         return None
-    return f"{url} {about['size']} {etag or changed}"
+    return f"{url} {size} {etag or changed}"
 
 
 def _settled(last_modified: str) -> str | None:
@@ -178,29 +180,29 @@ def list_url(url: str) -> Iterator[tuple[str, str, int]]:
             "such as https://host/set-{0000..0099}.tar."
         )
     with _as_os_error(url):
-        file_system, root = _file_system(url)
+        fs, root = file_system(url, PATIENCE)
         root = root.rstrip("/")
-        if not file_system.isdir(root):
+        if not fs.isdir(root):
             raise ConfigError(
                 f"source {shown(url)} is no folder that can be listed, and its name is that of no "
                 "archive or table: check the URL and the credentials in the environment."
             )
-    stack = [_entries(url, file_system, root)]
+    stack = [_entries(url, fs, root)]
     while stack:
         for entry in stack[-1]:
             if entry["type"] == "directory":
-                stack.append(_entries(url, file_system, entry["name"]))
+                stack.append(_entries(url, fs, entry["name"]))
                 break
             path = entry["name"]
-            yield path[len(root) :].lstrip("/"), file_system.unstrip_protocol(path), entry["size"]
+            yield path[len(root) :].lstrip("/"), fs.unstrip_protocol(path), entry["size"]
         else:
             stack.pop()
 
 
-def _entries(url: str, file_system: Any, folder: str) -> Iterator[dict[str, Any]]:
+def _entries(url: str, fs: Any, folder: str) -> Iterator[dict[str, Any]]:
     """Yield what is in a folder, folders sorted as if their names ended in a slash."""
     with _as_os_error(url):
-        found = file_system.ls(folder, detail=True)
+        found = fs.ls(folder, detail=True)
 
     def key(entry: dict[str, Any]) -> str:
         return entry["name"].rstrip("/") + "/" * (entry["type"] == "directory")
@@ -216,8 +218,8 @@ def matches_url(pattern: str) -> list[str]:
     if scheme_of(pattern) in ("http", "https"):
         raise ConfigError(f"source {shown(pattern)}: http cannot list; use {{0000..0099}}, no *.")
     with _as_os_error(pattern):
-        file_system, path = _file_system(pattern)
-        return [file_system.unstrip_protocol(found) for found in sorted(file_system.glob(path))]
+        fs, path = file_system(pattern, PATIENCE)
+        return [fs.unstrip_protocol(found) for found in sorted(fs.glob(path))]
 
 
 def beside(url: str, name: str) -> str:

@@ -18,7 +18,7 @@ from uuid import uuid4
 from fastclr.config import ConfigError
 from fastclr.files import sync, write_json
 from pipelines.sources.images import SourceImage
-from pipelines.sources.opening import identity_of, open_url, shown
+from pipelines.sources.opening import fetch_into, identity_of, shown
 
 MAX_RATIO = 100  # unpacked over packed bytes; images hardly shrink, tars of tiny ones some 5 times
 FREE_BYTES = 1 << 30  # unpacked bytes below which the ratio does not matter
@@ -129,15 +129,8 @@ def localised(url: str, spool: Path, suffix: str) -> Path:
     if "://" not in url:
         return Path(url)
 
-    def write(stream: BinaryIO) -> None:
-        with open_url(url) as source:
-            size = getattr(source, "size", None)
-            copy_limited(source, stream, shown(url), None)
-        if size is not None and stream.tell() != size:
-            raise OSError(f"{stream.tell()} of {size} bytes came")
-
     try:
-        return spooled_file(spool, identity_of(url), suffix, write)
+        return spooled_file(spool, identity_of(url), suffix, lambda file: fetch_into(url, file))
     except OSError as error:
         raise ConfigError(
             f"source {shown(url)} cannot be fetched whole: {error}. Check the URL, the network and "

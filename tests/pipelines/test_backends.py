@@ -52,6 +52,20 @@ def test_a_back_end_that_decodes_is_refused_for_decoded_images(
         resolve_backend("dali", CPU, in_memory=True)
 
 
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_auto_makes_the_colours_of_the_policy_or_refuses(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    policies = [POLICY, SimCLRPolicy(size=12, colour_model="affine")]
+    monkeypatch.setattr(backends, "_has_dali", lambda: True)
+    assert resolve_backend("auto", device, policies=policies) == "dali"
+    with pytest.raises(ConfigError, match=r"only the back-end dali makes.*leave data\.in_memory"):
+        resolve_backend("auto", device, in_memory=True, policies=policies)
+    monkeypatch.setattr(backends, "_has_dali", lambda: False)
+    with pytest.raises(ConfigError, match=r"DALI is not installed.*exact, or pip install"):
+        resolve_backend("auto", device, policies=policies)
+
+
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'dahli' is unknown: .*reference.*, or auto"):
         resolve_backend("dahli", CPU)

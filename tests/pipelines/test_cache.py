@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import resource
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +23,7 @@ from fastclr.config import ConfigError
 from pipelines.errors import ShardError
 from pipelines.remote import Patience, ShardCache, StorageError
 from pipelines.remote import cache as cache_module
-from tests.pipelines.flaky import Flaky, drawn, flaky, flaky_s3
+from tests.pipelines.flaky import Flaky, flaky
 
 ROOT = Path(__file__).parents[2]
 QUICK = Patience(1.0, 0.3, 8.0, 0.01, 0.05)
@@ -364,92 +362,3 @@ def test_what_failed_ahead_is_told_and_met_again(server, tmp_path, caplog):
     cache.prefetch([shard])
     until(lambda: len(files(cache)) == 1 and "partial" not in str(files(cache)))
     cache.close()
-
-
-# An epoch
-
-
-def tars(num_shards: int, num_samples: int) -> list[bytes]:
-    """Make small shards as WebDataset has them."""
-    made = []
-    for shard in range(num_shards):
-        stream = io.BytesIO()
-        with tarfile.open(fileobj=stream, mode="w") as archive:
-            for sample in range(num_samples):
-                key = f"{shard * num_samples + sample:09d}"
-                member = tarfile.TarInfo(f"{key}.jpg")
-                data = sha256(key.encode()).digest() * 90
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-        made.append(stream.getvalue())
-    return made
-
-
-def epoch(cache: ShardCache, shards: list[Shard]) -> list[str]:
-    """Read a set through a cache, shards ahead; return the keys whose bytes are right, in order."""
-    keys = []
-    for k, shard in enumerate(shards):
-        cache.prefetch(shards[k + 1 : k + 4])
-        with os.fdopen(cache.open(*shard), "rb") as stream, tarfile.open(fileobj=stream) as archive:
-            for member in archive:
-                data = archive.extractfile(member)
-                key = member.name.removesuffix(".jpg")
-                assert data is not None
-                assert data.read() == sha256(key.encode()).digest() * 90
-                keys.append(key)
-    return keys
-
-
-def test_an_epoch_over_failing_http_is_complete_and_in_order(server, tmp_path):
-    made = tars(40, 10)
-    for number, data in enumerate(made):
-        server.objects[f"/train-{number:06d}.tar"] = data
-    server.draw = drawn(0.1, 4, PASSING)
-    shards = [
-        (server.url(path), len(data), sha256(data).hexdigest())
-        for path, data in server.objects.items()
-    ]
-    cache = ShardCache(tmp_path / "c", 8 * len(made[0]), patience=QUICK)
-    for _ in range(2):
-        assert epoch(cache, shards) == [f"{k:09d}" for k in range(400)]
-    cache.close()
-    failed = [request.fault for request in server.requests if request.fault]
-    assert len(failed) >= 8
-    assert len(set(failed)) >= 5
-
-
-def test_an_epoch_over_failing_s3_is_complete_and_in_order(tmp_path):
-    made = tars(20, 10)
-    shards = [
-        (f"s3://epoch/train-{k:06d}.tar", len(data), sha256(data).hexdigest())
-        for k, data in enumerate(made)
-    ]
-    faults = ("500", "503", "429", "reset", "reset in body", "cut", "hang", "stall", "wrong bytes")
-    with flaky_s3("epoch") as s3:
-        for number, data in enumerate(made):
-            s3.put(f"/epoch/train-{number:06d}.tar", data)
-        os.close(ShardCache(tmp_path / "first", 1 << 20).open(*shards[0]))  # a slow import
-        s3.draw = drawn(0.1, 5, faults)
-        patience = Patience(1.0, 0.4, 10.0, 0.01, 0.05)
-        cache = ShardCache(tmp_path / "c", 8 * len(made[0]), patience=patience)
-        assert epoch(cache, shards) == [f"{k:09d}" for k in range(200)]
-        cache.close()
-        assert len({request.fault for request in s3.requests if request.fault}) >= 4
-
-
-def test_a_source_that_dies_in_an_epoch_ends_it_in_time(server, tmp_path):
-    for number, data in enumerate(tars(6, 5)):
-        server.objects[f"/{number}.tar"] = data
-    shards = [
-        (server.url(path), len(data), sha256(data).hexdigest())
-        for path, data in server.objects.items()
-    ]
-    for number in (3, 4, 5):
-        server.always[f"/{number}.tar"] = "stall"
-    patience = Patience(0.5, 0.2, 1.0, 0.01, 0.1)
-    cache = ShardCache(tmp_path / "c", 1 << 20, patience=patience)
-    started = time.monotonic()
-    with pytest.raises(StorageError, match=r"/3.tar cannot be read: no byte came"):
-        epoch(cache, shards)
-    cache.close()
-    assert time.monotonic() - started < 4

@@ -214,6 +214,13 @@ def test_missing_scores_say_how_to_make_them(tmp_path):
     assert json.loads((run_dir / "report.json").read_text())["scores"] is None
 
 
+def test_scores_of_other_protocols_alone_are_none_of_the_pages(tmp_path):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    without = write_report(run_dir).read_text()
+    write_json(run_dir / "scores.json", {"protocols": {"ridge": {"scores": {"top1": 0.5}}}})
+    assert write_report(run_dir).read_text() == without
+
+
 def write_online(folder: Path, num_rows: int, monitored: bool = True) -> list[dict]:
     """Write scores taken while training."""
     rows = [

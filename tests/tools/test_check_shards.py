@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 from fastclr.config import ConfigError
-from pipelines.check import check_shards, repair_indexes
+from pipelines.check import check_set, check_shards, repair_indexes
 from pipelines.shards import ShardError, ShardSet
 from pipelines.writer import write_shards
+from tests.pipelines.flaky import flaky
 
 ROOT = Path(__file__).parents[2]
 
@@ -278,3 +279,33 @@ def test_the_command(packed: Path) -> None:
     assert done.returncode == 0 and "the sources of 4 images could not be read" in done.stdout
     assert "2 indexes written again" in done.stdout and "all is well" in done.stdout
     assert run(packed / "nowhere").returncode == 65 and run(packed, "--share", 2).returncode == 78
+
+
+def test_sets_that_are_no_packed_folder(packed: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for number in (0, 1):
+        shutil.copy(tar(packed, number), foreign / f"{number}.tar")
+    tars = sorted(packed.glob("*.tar"))
+    with flaky() as server:
+        for file in packed.iterdir():
+            server.objects[f"/set/{file.name}"] = file.read_bytes()
+        url = server.url("/set")
+        mixed = f"{url}:0.5,{foreign}/{{0..1}}.tar:0.25,{packed}:0.25"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+            report = check_set(mixed, share=1)
+            assert report.problems == []
+            assert report.num_samples == report.num_decoded == 20 + 8
+            done = run(url)
+            assert done.returncode == 0 and "10 images in place" in done.stdout
+            server.objects[f"/set/{tars[0].name}"] = tars[0].read_bytes()[::-1]
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+            (problem,) = check_set(url, share=1).problems
+            assert "has sha256" in problem and tars[0].name in problem
+    raw = bytearray((foreign / "0.tar").read_bytes())
+    sample = ShardSet.open(foreign)._indexes[0].sample(1)
+    raw[sample.offset + 20 : sample.offset + sample.num_bytes] = bytes(sample.num_bytes - 20)
+    (foreign / "0.tar").write_bytes(raw)
+    done = run(foreign, "--all")
+    assert done.returncode == 65, done.stdout
