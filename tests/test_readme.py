@@ -31,6 +31,8 @@ SHORTENED = {
     "--out lars.md",
     "python benchmarks/trainer.py": "python benchmarks/trainer.py --blocks 1 --steps 2 --rounds 1 "
     "--batch 16 --out trainer.md",
+    "python benchmarks/data_plane.py": "python benchmarks/data_plane.py --only opening damage "
+    "--out plane.md",
     "python benchmarks/kernels_aot.py": "python benchmarks/kernels_aot.py --match 'D=16$' --chips "
     "80 --out aot.md",
     "make cifar10 MINUTES=24": f"{MAKE} cifar10 MINUTES=0.1 FLAGS='--global-batch-size 16'",

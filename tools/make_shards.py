@@ -37,10 +37,11 @@ def make_shards(
     merge: bool = False,
     options: tyro.conf.OmitArgPrefixes[SourceOptions] = _OPTIONS,
 ) -> None:
-    """Pack a folder of class folders, a flat folder, or a plain tar of one of these.
+    """Pack images into WebDataset shards with an index and a manifest.
 
     Args:
-        source: Images: JPEG, PNG or WebP; the first folder of a path is the class.
+        source: Folder, tar, zip, table (CSV, JSONL, Parquet), shards, or the raw files of CIFAR,
+            STL-10, MNIST or Food-101; a path or a URL. In folders the first one is the class.
         out: Folder to make, e.g. data/train; its name becomes the shards' prefix.
         samples_per_shard: Most images in one tar.
         shard_bytes: Most bytes of source images in one tar.
