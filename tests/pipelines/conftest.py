@@ -1,8 +1,9 @@
-"""Small image folders of every kind that real sources hold, and a shard set packed from them."""
+"""What test modules share: small images of every kind that real sources hold, and sets of them."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from pipelines.decode import Pixels
 from pipelines.shards import ShardSet
 from pipelines.writer import write_shards
+from tests.pipelines.tars import write
 
 Picture = Callable[..., Pixels]
 Encode = Callable[..., bytes]
@@ -85,3 +87,30 @@ def shard_set(source: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSe
     """The source, packed into shards of 8, 8 and 5. Read only."""
     out = tmp_path_factory.mktemp("packed") / "train"
     return write_shards(source, out, samples_per_shard=8)
+
+
+@pytest.fixture
+def encoded() -> list[bytes]:
+    """Nine images of different sizes, as JPEG, PNG and WEBP by turns."""
+    kinds = ("JPEG", "PNG", "WEBP")
+    return [_encode(_picture(8 + k, 9 + 2 * k, k), kinds[k % 3]) for k in range(9)]
+
+
+@pytest.fixture
+def laion(tmp_path: Path, encoded: list[bytes]) -> Path:
+    """A folder of two tars as img2dataset writes them: the same keys are in both."""
+    folder = tmp_path / "laion"
+    folder.mkdir()
+    for number in range(2):
+        members = []
+        for k in range(4):
+            key = f"{k:09d}"
+            meta = {"key": key, "caption": "é", "class": number, "width": 1}
+            members += [
+                (f"{key}.{('jpg', 'png', 'webp')[(4 * number + k) % 3]}", encoded[4 * number + k]),
+                (f"{key}.txt", b"a caption"),
+                (f"{key}.json", json.dumps(meta).encode()),
+                (f"{key}.cls", str(k).encode()),
+            ]
+        write(folder / f"{number:05d}.tar", members)
+    return folder
