@@ -1,17 +1,13 @@
-"""The loader: each id once, exact resume on any number of ranks, no leaks, errors that surface."""
+"""The loader's place in the data: each id once, exact resume on any number of ranks, hints."""
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import shutil
 import threading
 import time
-import weakref
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,70 +17,29 @@ from fastclr.batch import Batch
 from fastclr.config import ConfigError
 from fastclr.world import World
 from pipelines.augment_kornia import augment as kornia
-from pipelines.backends import BACKENDS, ViewByView
-from pipelines.loader import Loader, default_threads, make_loader
+from pipelines.backends import BACKENDS
 from pipelines.order import permutation
-from pipelines.policy import SimCLRPolicy
 from pipelines.shards import ShardError, ShardSet
 from tests.pipelines.fakes import FakeSet, ParamsBackend
+from tests.pipelines.loaders import (
+    POLICY,
+    chunked,  # noqa: F401
+    ids,
+    make,
+    make_many,
+    no_thread_leaks,  # noqa: F401
+    same,
+    take,
+    wait_for_no_threads,
+)
 
-POLICY = SimCLRPolicy(size=20, color_strength=0.5)
-THREADS = "fastclr-loader"
-
-
-def make(shard_set: ShardSet, micro: int = 4, ranks: int = 1, rank: int = 0, **more: Any) -> Loader:
-    world = World(rank, ranks, rank, ranks)
-    settings = {"seed": 3, "num_threads": 2, "prefetch": 2, "world": world, "backend": "kornia"}
-    return make_loader(shard_set, POLICY, micro_batch_size=micro, **settings | more)
-
-
-def take(loader: Loader, n: int) -> list[Batch]:
-    return list(itertools.islice(loader, n))
-
-
-def ids(batches: list[Batch]) -> list[int]:
-    return torch.cat([b.sample_id_B for b in batches]).tolist()
-
-
-def same(a: list[Batch], b: list[Batch]) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x.views_VBCHW, y.views_VBCHW)
-        and torch.equal(x.label_B, y.label_B)
-        and torch.equal(x.sample_id_B, y.sample_id_B)
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def wait_for_no_threads() -> None:
-    deadline = time.monotonic() + 10
-    while any(t.name.startswith(THREADS) for t in threading.enumerate()):
-        assert time.monotonic() < deadline, "loader threads leak"
-        time.sleep(0.01)
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_leaks() -> Iterator[None]:
-    yield
-    wait_for_no_threads()
+pytestmark = pytest.mark.usefixtures("no_thread_leaks")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(shard_set: ShardSet) -> list[Batch]:
     """Two epochs and a bit: 5 batches of 4 in an epoch of 21."""
     return take(make(shard_set), 12)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_batches_keep_the_contract(shard_set: ShardSet, backend: str) -> None:
-    (batch,) = take(make(shard_set, backend=backend), 1)
-    views = batch.check().views_VBCHW
-    assert views.shape == (2, 4, 3, 20, 20) and views.dtype == torch.uint8
-    for view in views:
-        assert view.is_contiguous(memory_format=torch.channels_last)
-    assert views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
-    assert not torch.equal(views[0], views[1]), "both views are the same"
-    assert not views.is_inference(), "autograd could not use them"
-    assert batch.label_B.tolist() == shard_set.label_N[batch.sample_id_B].tolist()
 
 
 def test_views_are_the_policys(shard_set: ShardSet, uninterrupted: list[Batch]) -> None:
@@ -227,45 +182,6 @@ def test_a_damaged_image_surfaces_and_the_position_stays(
         next(batches)
 
 
-@pytest.mark.parametrize("how", ["close", "drop", "raise"])
-def test_an_abandoned_iterator_stops_its_threads(shard_set: ShardSet, how: str) -> None:
-    batches = iter(make(shard_set, num_threads=3))
-    next(batches)
-    assert any(t.name.startswith(THREADS) for t in threading.enumerate())
-    if how == "close":
-        batches.close()  # type: ignore[attr-defined]
-    elif how == "raise":
-        with pytest.raises(KeyboardInterrupt):
-            batches.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
-    del batches
-    wait_for_no_threads()
-
-
-def test_waiting_is_counted(shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(*arguments: Any) -> torch.Tensor:
-        time.sleep(0.1)
-        return kornia(*arguments)
-
-    monkeypatch.setitem(
-        BACKENDS, "slow", lambda policies, device, _: ViewByView(slow, policies, device)
-    )
-    loader = make(shard_set, backend="slow", num_threads=1, prefetch=1)
-    assert loader.wait_seconds == 0
-    take(loader, 2)
-    assert loader.wait_seconds > 0.35  # two batches of two views
-    before = loader.wait_seconds
-    for _ in itertools.islice(loader, 1):
-        pass
-    assert loader.wait_seconds > before
-
-
-def test_an_unknown_backend_is_refused(shard_set: ShardSet) -> None:
-    with pytest.raises(
-        ConfigError, match="backend 'dahli' is unknown: choose from threads, kornia"
-    ):
-        make(shard_set, backend="dahli")
-
-
 def test_more_than_the_data_is_refused(shard_set: ShardSet) -> None:
     with pytest.raises(ConfigError, match="has 21 samples and a global batch 22"):
         make(shard_set, micro=11, ranks=2)
@@ -275,24 +191,6 @@ def test_the_launcher_says_which_rank(shard_set: ShardSet, monkeypatch: pytest.M
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     assert make(shard_set, world=None).world == World(1, 2, 1, 2)
-
-
-@pytest.fixture
-def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Back-ends that take two images at a time and write down the numbers they got."""
-    for name, takes_bytes in {"pixels": False, "bytes": True}.items():
-        monkeypatch.setitem(
-            BACKENDS, name, lambda p, d, n, takes=takes_bytes: ParamsBackend(p, 2, takes)
-        )
-
-
-SMALL = SimCLRPolicy(size=12)
-
-
-def make_many(images: FakeSet, micro: int, ranks: int = 1, rank: int = 0, **more: Any) -> Loader:
-    settings = {"backend": "pixels", "seed": 3, "num_threads": 2, "prefetch": 2}
-    settings |= {"world": World(rank, ranks, rank, ranks)} | more
-    return make_loader(images, SMALL, micro_batch_size=micro, **settings)
 
 
 def test_1000_places_are_the_same_on_any_ranks_and_after_resume_on_others(
@@ -403,128 +301,3 @@ def test_hints_come_one_window_ahead_also_after_resume() -> None:
     windows = [order.shards(1, p, p + 1) for p in (96, 108)] + [order.shards(2, 0, 1)]
     assert images.hints == windows
     batches.close()  # type: ignore[attr-defined]
-
-
-def test_each_view_may_have_its_own_policy(shard_set: ShardSet) -> None:
-    still = SimCLRPolicy(size=20, flip_prob=0, jitter_prob=0, grayscale_prob=0, blur_prob=0)
-    policies = [POLICY, still, POLICY]
-    world = World()
-    loader = make_loader(
-        shard_set, policies, micro_batch_size=4, seed=3, world=world, backend="kornia"
-    )
-    assert loader.num_views == 3 and make(shard_set).num_views == 2
-    (batch,) = take(loader, 1)
-    assert batch.check().views_VBCHW.shape == (3, 4, 3, 20, 20)
-    sample_ids = batch.sample_id_B.numpy()
-    images = [shard_set[i] for i in sample_ids]
-    for view, policy in enumerate(policies):
-        params = policy.draw(
-            seed=3,
-            epoch=0,
-            positions=np.arange(4),
-            view=view,
-            sizes_N2=shard_set.size_N2[sample_ids],
-        )
-        expected = kornia(images, params, policy, torch.device("cpu"))
-        assert torch.equal(batch.views_VBCHW[view], expected.permute(0, 3, 1, 2))
-    assert not torch.equal(batch.views_VBCHW[0], batch.views_VBCHW[2])
-
-
-@pytest.mark.parametrize(
-    "policies", [[POLICY], [], [POLICY, SimCLRPolicy(size=24)]], ids=["one", "none", "two sizes"]
-)
-def test_policies_that_make_no_batch_are_refused(shard_set: ShardSet, policies: Any) -> None:
-    with pytest.raises(ConfigError, match="give two or more of one size"):
-        make_loader(shard_set, policies, micro_batch_size=4, world=World())
-
-
-def test_threads_default_to_this_ranks_part_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.loader.num_cores", lambda: 8)
-    for local_ranks, expected in {1: 8, 3: 2, 16: 1}.items():
-        assert default_threads(World(0, local_ranks, 0, local_ranks)) == expected
-
-
-class Failing(ParamsBackend):
-    """Fails, or hangs, at one call."""
-
-    def __init__(self, policies: Any, at: int, event: threading.Event | None = None) -> None:
-        super().__init__(policies)
-        self.at, self.event = at, event
-        self.numbers = itertools.count()
-
-    def __call__(self, images: Any, params: Any) -> torch.Tensor:
-        if next(self.numbers) == self.at:
-            if self.event is None:
-                raise FloatingPointError("a chunk breaks")
-            self.event.wait(30)
-        return super().__call__(images, params)
-
-
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_an_exception_in_one_chunk_surfaces_once(
-    monkeypatch: pytest.MonkeyPatch, num_threads: int
-) -> None:
-    monkeypatch.setitem(BACKENDS, "failing", lambda p, d, n: Failing(p, 7))
-    # Batches of 5 are 3 chunks: the 8th call is of the third batch, give or take a chunk.
-    loader = make_many(FakeSet([30]), 5, backend="failing", num_threads=num_threads, prefetch=1)
-    batches = iter(loader)
-    done = 0
-    with pytest.raises(FloatingPointError, match="a chunk breaks"):
-        for _ in batches:
-            done += 1
-    assert done in ((2,) if num_threads == 1 else (1, 2, 3))
-    assert loader.state_dict()["position"] == 5 * done
-    assert list(batches) == [], "it surfaces again"
-    wait_for_no_threads()
-    assert take(loader, 1)[0].sample_id_B.tolist() == (
-        FakeSet([30]).order(3).ids(0, 5 * done, 5 * done + 5).tolist()
-    )
-
-
-def test_a_chunk_that_hangs_does_not_block_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    released = threading.Event()
-    monkeypatch.setitem(BACKENDS, "hanging", lambda p, d, n: Failing(p, 7, released))
-    loader = make_many(FakeSet([30]), 5, backend="hanging", num_threads=2, prefetch=2)
-    batches = iter(loader)
-    next(batches)
-    started = time.perf_counter()
-    batches.close()  # type: ignore[attr-defined]
-    assert time.perf_counter() - started < 1
-    released.set()
-    wait_for_no_threads()
-
-
-@pytest.mark.usefixtures("chunked")
-def test_a_loader_dropped_with_its_iterator_is_freed() -> None:
-    loader = make_many(FakeSet([30]), 5, num_threads=3)
-    batches = iter(loader)
-    next(batches)
-    gone = weakref.ref(loader)
-    del batches, loader
-    wait_for_no_threads()
-    gc.collect()
-    assert gone() is None
-
-
-@pytest.mark.usefixtures("chunked")
-def test_memory_is_bounded_by_the_prefetched_batches() -> None:
-    images = FakeSet([300])
-    batches = iter(make_many(images, 5, num_threads=3, prefetch=4))
-    next(batches)
-    time.sleep(0.3)
-    assert len(images.reads) == 25, "more than four batches ahead"
-    batches.close()  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("threads", "prefetch", "chunk"), [(1, 0, 11), (2, 4, 21), (4, 1, 6), (64, 0, 1)]
-)
-def test_a_chunk_leaves_work_for_every_thread(
-    shard_set: ShardSet, threads: int, prefetch: int, chunk: int
-) -> None:
-    """Two chunks a thread are ahead, whatever the back-end would like; 21 images are in the set."""
-    loader = make_loader(
-        shard_set, [SimCLRPolicy(size=16)] * 2, micro_batch_size=21, backend="threads",
-        num_threads=threads, prefetch=prefetch, world=World(),
-    )  # fmt: skip
-    assert loader.chunk == chunk
