@@ -15,6 +15,7 @@ from PIL import Image
 from pipelines.decode import Pixels
 from pipelines.shards import ShardSet
 from pipelines.writer import write_shards
+from tests.pipelines.packs import files_of, packing
 from tests.pipelines.tars import write
 
 Picture = Callable[..., Pixels]
@@ -114,3 +115,27 @@ def laion(tmp_path: Path, encoded: list[bytes]) -> Path:
             ]
         write(folder / f"{number:05d}.tar", members)
     return folder
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 20 small images. Read only."""
+    root = tmp_path_factory.mktemp("many") / "bilder"
+    for k in range(40):
+        folder = root / ("ab"[k % 2])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{k}.png").write_bytes(_encode(_picture(6 + k % 3, 7, k), "PNG"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def many_packed(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files that packing them in shards of 4 gives."""
+    return files_of(packing(many, tmp_path_factory.mktemp("many_packed") / "train").out)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """A place in an otherwise empty folder: what else appears there was left behind."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "train"
