@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from PIL import Image
 from pipelines.decode import Pixels
 from pipelines.shards import ShardSet
 from pipelines.writer import write_shards
+from tests.pipelines.flaky import Flaky, flaky
 from tests.pipelines.packs import files_of, packing
 from tests.pipelines.tars import write
+from tests.pipelines.transfers import DATA
 
 Picture = Callable[..., Pixels]
 Encode = Callable[..., bytes]
@@ -139,3 +141,11 @@ def target(tmp_path: Path) -> Path:
     """A place in an otherwise empty folder: what else appears there was left behind."""
     (tmp_path / "out").mkdir()
     return tmp_path / "out" / "train"
+
+
+@pytest.fixture
+def server() -> Iterator[Flaky]:
+    """An http server that makes faults when told to; ``DATA`` is its ``/a.bin``."""
+    with flaky() as server:
+        server.objects["/a.bin"] = DATA
+        yield server

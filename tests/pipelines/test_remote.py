@@ -11,159 +11,17 @@ import traceback
 import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from fastclr.config import ConfigError
 from pipelines.errors import ShardError
-from pipelines.remote import Patience, StorageError, fetch, objects, redacted, web
+from pipelines.remote import Patience, StorageError, fetch, objects, redacted
 from pipelines.remote.retries import Again, Final, pause, refusal
-from pipelines.remote.urls import is_internal, protocol_of, redacted_text, redirect_refused
-from tests.pipelines.flaky import Flaky, flaky, flaky_s3, self_signed
-
-QUICK = Patience(1.0, 0.25, 8.0, 0.01, 0.05)
-SHORT = Patience(0.5, 0.25, 0.8, 0.01, 0.1)
-DATA = np.random.default_rng(7).bytes(120_001)
-HASH = sha256(DATA).hexdigest()
-CANARY = "CaNaRy7f3b"
-
-
-@pytest.fixture
-def server() -> Iterator[Flaky]:
-    with flaky() as server:
-        server.objects["/a.bin"] = DATA
-        yield server
-
-
-# Addresses
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        f"https://user:{CANARY}@host/a.tar",
-        f"https://{CANARY}@host:8080/a.tar",
-        f"https://user:{CANARY}@[::1]:80/a",
-        f"http://host/a?X-Amz-Signature={CANARY}&b=1",
-        f"http://host/a#{CANARY}",
-        f"http://user:a/{CANARY}@host/x",
-        f"http://user:a?{CANARY}@host/x",
-        f"http://user:1?{CANARY}@host/x",
-        f"http://user:1/{CANARY}@host/x",
-        f"user:{CANARY}@host/x",
-        f"http://a@b:{CANARY}@host/x",
-        f"s3://{CANARY}@bucket/key",
-    ],
-)
-def test_secrets_of_a_url_are_not_printed(url):
-    assert CANARY not in redacted(url)
-    if "://" in url:
-        assert CANARY not in redacted_text(f"cannot connect to {url}: refused")
-    with pytest.raises((ConfigError, StorageError)) as caught:
-        fetch("ftp" + url[url.index(":") :])
-    assert CANARY not in str(caught.value)
-
-
-def test_what_is_no_secret_stays():
-    assert redacted("https://u:p@host:81/dir/a.tar?x=1") == "https://***@host:81/dir/a.tar?***"
-    for url in ("s3://bucket/some@place/a.tar", "http://[::1]:8000/a", "/data/a b.tar", "gs://b/k"):
-        assert redacted(url) == url
-
-
-@given(st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=12))
-@settings(max_examples=100, deadline=None)
-@example("@/")
-@example("@x?")
-@example("?")
-def test_no_form_of_password_is_printed(other):
-    for url in (f"https://me:{other}{CANARY}@host/a", f"https://me:{CANARY}{other}@host/a"):
-        assert CANARY not in redacted(url)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "pipe:cat /etc/passwd",
-        "ftp://host/a",
-        "simplecache::s3://bucket/a",
-        "zip://a.zip::http://host/b",
-        "git://x",
-        "github://a:b@c/d",
-        "data:,x",
-        "http://",
-        "http:///path",
-        "https://host:99999/a",
-        "http://[::1/a",
-        "http://host/a\nX: y",
-        "",
-    ],
-)
-def test_other_protocols_are_refused(url):
-    with pytest.raises(ConfigError, match=r"only|no host"):
-        fetch(url)
-
-
-def test_what_looks_like_an_option_or_a_command_is_a_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("-", "--output=x", "$(touch PWNED)", "{0..999999999}"):
-        assert protocol_of(name) == "file"
-        with pytest.raises(StorageError, match="FileNotFoundError"):
-            fetch(name)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("address", "internal"),
-    [
-        ("127.0.0.1", True),
-        ("10.1.2.3", True),
-        ("169.254.169.254", True),
-        ("100.64.0.1", True),
-        ("0.0.0.0", True),
-        ("224.0.0.1", True),
-        ("::1", True),
-        ("fe80::1%eth0", True),
-        ("fd00::1", True),
-        ("::ffff:10.0.0.1", True),
-        ("64:ff9b::a00:1", True),
-        ("2002:7f00:1::", True),
-        ("8.8.8.8", False),
-        ("2606:4700::1111", False),
-        ("::ffff:8.8.8.8", False),
-    ],
-)
-def test_internal_addresses(address, internal):
-    assert is_internal(address) is internal
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "addresses", "named_internal", "refused"),
-    [
-        ("https://a/", "http://a/", ("8.8.8.8",), False, True),
-        ("http://a/", "https://a/", ("8.8.8.8",), False, False),
-        ("http://a/", "file:///etc/passwd", (), True, True),
-        ("http://a/", "ftp://a/", ("8.8.8.8",), False, True),
-        ("https://a/", "https://b/", ("8.8.8.8", "10.0.0.1"), False, True),
-        ("https://a/", "https://b/", ("10.0.0.1",), True, False),
-        ("https://a/", "https://b/", ("169.254.169.254",), True, True),
-        ("https://a/", "https://b/", ("::ffff:169.254.169.254",), True, True),
-    ],
-)
-def test_where_redirects_may_lead(monkeypatch, old, new, addresses, named_internal, refused):
-    monkeypatch.delenv("FASTCLR_ALLOW_INTERNAL", raising=False)
-    why = redirect_refused(old, new, addresses, named_is_internal=named_internal)
-    assert (why is not None) is refused
-    monkeypatch.setenv("FASTCLR_ALLOW_INTERNAL", "1")
-    why = redirect_refused(old, new, addresses, named_is_internal=named_internal)
-    schemes_agree = new.startswith("https:") or new.split(":")[0] == old.split(":")[0]
-    assert (why is None) is schemes_agree
-
+from tests.pipelines.flaky import Flaky, flaky_s3
+from tests.pipelines.transfers import CANARY, DATA, HASH, QUICK, SHORT
 
 # One fault, then none
 
@@ -357,122 +215,6 @@ def test_a_large_object_has_more_time(server):
     assert patience.deadline(3_000_000).seconds == pytest.approx(3.2)
 
 
-# https
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory) -> Path:
-    return self_signed(tmp_path_factory.mktemp("tls") / "cert.pem")
-
-
-def test_https_is_read_and_its_certificate_checked(certificate, monkeypatch):
-    with flaky(certificate=certificate) as server:
-        server.objects["/a.bin"] = DATA
-        server.plans["/a.bin"] = ["cut"]
-        with pytest.raises(StorageError, match=r"certificate is not trusted: self.signed.*1 tries"):
-            fetch(server.url("/a.bin"), patience=QUICK)
-        assert not server.requests
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        assert fetch(server.url("/a.bin"), patience=QUICK) == DATA
-        assert server.requests[0].headers["Host"] == f"127.0.0.1:{server.port}"
-        server.always["/a.bin"] = "stall"
-        with pytest.raises(StorageError, match="no byte came"):
-            fetch(server.url("/a.bin"), patience=SHORT)
-
-
-def test_https_does_not_lead_to_http(server, certificate, monkeypatch):
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    with flaky(certificate=certificate) as safe:
-        safe.redirects["/r"] = server.url("/a.bin")
-        with pytest.raises(StorageError, match=r"changes https to http.*1 tries"):
-            fetch(safe.url("/r"), patience=QUICK)
-        assert not server.requests
-        safe.objects["/b.bin"] = b"safe"
-        server.redirects["/up"] = safe.url("/b.bin")
-        assert fetch(server.url("/up"), patience=QUICK) == b"safe"
-
-
-# Redirects, over the wire
-
-
-def test_redirects_are_followed_five_times(server):
-    server.redirects |= {f"/r{k}": f"/r{k - 1}" for k in range(1, 7)} | {"/r0": "/a.bin"}
-    assert fetch(server.url("/r4"), patience=QUICK) == DATA
-    with pytest.raises(StorageError, match="more than 5 redirects"):
-        fetch(server.url("/r5"), patience=SHORT)
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "http://169.254.169.254/latest/meta-data/",
-        "http://[::ffff:169.254.169.254]/",
-        "file:///etc/passwd",
-        "ftp://127.0.0.1/a",
-        "http://[::1/",
-        "gopher:x",
-    ],
-)
-def test_a_bad_redirect_is_refused_before_connecting(server, monkeypatch, target):
-    monkeypatch.delenv("FASTCLR_ALLOW_INTERNAL", raising=False)
-    connected = []
-    connect = socket.create_connection
-    monkeypatch.setattr(
-        socket, "create_connection", lambda a, **k: (connected.append(a[0]), connect(a, **k))[1]
-    )
-    server.redirects["/r"] = target
-    with pytest.raises(StorageError, match=r"its redirect.*(not followed|no URL)"):
-        fetch(server.url("/r"), patience=QUICK)
-    assert connected == ["127.0.0.1"]
-    assert len(server.requests) == 1
-
-
-def test_the_public_internet_does_not_send_us_into_our_network(server, monkeypatch):
-    monkeypatch.delenv("FASTCLR_ALLOW_INTERNAL", raising=False)
-    monkeypatch.setattr(web, "is_internal", lambda address: False)  # the named host seems public
-    for host in ("127.0.0.1", "localhost", "127.1", "0x7f000001"):
-        server.redirects["/r"] = f"http://{host}:{server.port}/a.bin"
-        with pytest.raises(StorageError, match="internal address"):
-            fetch(server.url("/r"), patience=QUICK)
-    assert not server.hits("/a.bin")
-    monkeypatch.setenv("FASTCLR_ALLOW_INTERNAL", "1")
-    assert fetch(server.url("/r"), patience=QUICK) == DATA
-
-
-def test_a_host_is_resolved_once_and_connected_to_by_address(server, monkeypatch):
-    looked_up = []
-    look_up = socket.getaddrinfo
-
-    def once(host, *args, **options):
-        if host == "shards.example":
-            looked_up.append(host)
-            host = "127.0.0.1"
-        else:
-            assert host == "127.0.0.1", host
-        return look_up(host, *args, **options)
-
-    monkeypatch.setattr(socket, "getaddrinfo", once)
-    assert fetch(f"http://shards.example:{server.port}/a.bin", patience=QUICK) == DATA
-    assert len(looked_up) == 1
-    assert server.requests[0].headers["Host"] == f"shards.example:{server.port}"
-
-
-def test_a_password_is_for_its_own_host_alone(server):
-    with flaky() as other:
-        other.objects["/b.bin"] = b"other"
-        server.redirects |= {"/own": "/a.bin", "/away": other.url("/b.bin")}
-        named = f"http://me:{CANARY}%40@127.0.0.1:{server.port}"
-        assert fetch(f"{named}/own", patience=QUICK) == DATA
-        assert fetch(f"{named}/away", patience=QUICK) == b"other"
-        assert all("Authorization" in request.headers for request in server.requests)
-        assert "Authorization" not in other.requests[0].headers
-
-
-def test_odd_names_reach_the_server(server):
-    server.objects["/%C3%A4%20b/c+d.bin?x=a%2Fb&y=1"] = DATA
-    assert fetch(server.url("/ä b/c+d.bin?x=a%2Fb&y=1"), patience=QUICK) == DATA
-
-
 # Other storage
 
 
@@ -573,7 +315,7 @@ def test_s3_after_a_fork(s3):
     assert ended == [0]
 
 
-# Secrets
+# Messages
 
 
 def test_no_secret_is_in_any_message(server, s3, caplog):
