@@ -149,3 +149,9 @@ def server() -> Iterator[Flaky]:
     with flaky() as server:
         server.objects["/a.bin"] = DATA
         yield server
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Path:
+    """Where listing a source may put files."""
+    return tmp_path / "spool"
