@@ -73,15 +73,15 @@ def a_frozen_rank(folder: Path) -> str:
 
 def a_stalled_loader(folder: Path) -> str:
     """The watchdog says that it is the data, on which rank, and where the threads were."""
-    make = Loader._make
+    make = Loader.make_views
 
-    def stalls(self: Loader, epoch: int, sample_ids: Any, positions: Any) -> Any:
+    def stalls(self: Loader, epoch: int, positions: Any, sample_ids: Any) -> Any:
         if positions.min() >= 40 and self.world.rank == 1:
             time.sleep(EVER)
-        return make(self, epoch, sample_ids, positions)
+        return make(self, epoch, positions, sample_ids)
 
     faults, run_dir = FaultsConfig(watchdog_seconds=3), folder / "stalled"
-    with mock.patch.object(Loader, "_make", stalls):
+    with mock.patch.object(Loader, "make_views", stalls):
         run = Ranks(folder, 2, partial(train, folder, run_dir, epochs=EVER, faults=faults))
     assert run.wait(30 + NOTICED_SECONDS), run.said(1)
     assert set(run.codes) == {76}, (run.codes, run.said(0), run.said(1))

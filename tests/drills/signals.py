@@ -79,15 +79,15 @@ def at_the_start(folder: Path) -> str:
 
 def in_a_wait(folder: Path) -> str:
     """A loader that hangs does not keep a run from leaving."""
-    make = Loader._make
+    make = Loader.make_views
 
-    def stalls(self: Loader, epoch: int, sample_ids: Any, positions: Any) -> Any:
+    def stalls(self: Loader, epoch: int, positions: Any, sample_ids: Any) -> Any:
         if positions.min() >= 48:
             time.sleep(EVER)
-        return make(self, epoch, sample_ids, positions)
+        return make(self, epoch, positions, sample_ids)
 
     run_dir = folder / "wait"
-    with mock.patch.object(Loader, "_make", stalls):
+    with mock.patch.object(Loader, "make_views", stalls):
         run = Ranks(folder, 2, partial(train, folder, run_dir, epochs=EVER))
     run.wait_for(run_dir / "checkpoints/step-0000002")
     time.sleep(1)
