@@ -34,7 +34,9 @@ class Even(FakeSet):
 def _no_thread_leaks() -> Iterator[None]:
     yield
     deadline = time.monotonic() + 10
-    while any(t.name.startswith("fastclr-") for t in threading.enumerate()):
+    while any(
+        t.name.startswith(("fastclr-decode", "fastclr-loader")) for t in threading.enumerate()
+    ):
         assert time.monotonic() < deadline, "threads leak"
         time.sleep(0.01)
 

