@@ -3,3 +3,7 @@
 
 class ShardError(RuntimeError):
     """Shards that are missing, damaged or not what the manifest says; names shard and key."""
+
+
+class StorageError(OSError):
+    """Storage that stays unreachable, refuses, or is full."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fastclr.config import ConfigError
 from pipelines.decode import DamagedImage, Pixels, decode
-from pipelines.errors import ShardError
+from pipelines.errors import ShardError, StorageError
 from pipelines.index import BLOCK, Index, Kept, Sample, header_problem
 from pipelines.order import WINDOW, BlockOrder, Int64
 from pipelines.packed import FORMAT, MANIFEST, VERSION, LocalShards
@@ -216,6 +216,7 @@ class ShardSet:
 
         Raises:
             ShardError: If the shard ends before it, or holds something else there.
+            StorageError: If a remote shard cannot be fetched in time, an OSError.
         """
         number, row = self._find(sample_id)
         return self._read(sample_id, number, self._indexes[number], row)
@@ -225,6 +226,8 @@ class ShardSet:
         offset, num_bytes = int(index.offset_N[row]), int(index.num_bytes_N[row])
         try:
             data = self._files[number].read(offset - BLOCK, BLOCK + num_bytes)
+        except StorageError:
+            raise  # it says all there is: the data may well be whole
         except OSError as error:
             raise ShardError(f"{self.place(sample_id)} cannot be read: {error}.") from error
         if len(data) != BLOCK + num_bytes:

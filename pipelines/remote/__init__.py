@@ -8,11 +8,11 @@ node's disk. Credentials come from the environment, as the cloud's own library f
 from __future__ import annotations
 
 from pipelines.errors import ShardError
+from pipelines.errors import StorageError as StorageError
 from pipelines.remote.cache import ShardCache as ShardCache
 from pipelines.remote.download import DEFAULT, download
 from pipelines.remote.retries import NoSuchObject as NoSuchObject
 from pipelines.remote.retries import Patience as Patience
-from pipelines.remote.retries import StorageError as StorageError
 from pipelines.remote.urls import PROTOCOLS as PROTOCOLS
 from pipelines.remote.urls import redacted as redacted
 from pipelines.remote.urls import redacted_urls as redacted_urls

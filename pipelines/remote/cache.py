@@ -23,9 +23,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastclr.config import ConfigError
-from pipelines.errors import ShardError
+from pipelines.errors import ShardError, StorageError
 from pipelines.remote.download import DEFAULT, download
-from pipelines.remote.retries import Deadline, Patience, StorageError
+from pipelines.remote.retries import Deadline, Patience
 from pipelines.remote.urls import redacted
 
 logger = logging.getLogger(__name__)

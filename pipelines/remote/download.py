@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 
-from pipelines.errors import ShardError
+from pipelines.errors import ShardError, StorageError
 from pipelines.remote import objects, web
 from pipelines.remote.retries import (
     Again,
@@ -15,7 +15,6 @@ from pipelines.remote.retries import (
     Missing,
     NoSuchObject,
     Patience,
-    StorageError,
     Wrong,
     pause,
 )

@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from fastclr.config import ConfigError
-from pipelines.errors import ShardError
+from pipelines.errors import ShardError, StorageError
 from pipelines.remote.retries import (
     Again,
     Changed,
@@ -16,7 +16,6 @@ from pipelines.remote.retries import (
     Final,
     Missing,
     Patience,
-    StorageError,
     refusal,
 )
 from pipelines.remote.transfer import Transfer

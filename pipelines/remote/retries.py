@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import dataclass
 
+from pipelines.errors import StorageError
 from pipelines.order import uniforms
 
 RETRIED = (408, 425, 429)  # of the 4xx; the others say that asking again is useless
@@ -39,10 +40,6 @@ class Patience:
         """Return the end of the time for an object, from now; an event may end it earlier."""
         longer = (num_bytes or 0) / self.slowest_bytes_per_second
         return Deadline(self.deadline_seconds + longer, stop)
-
-
-class StorageError(OSError):
-    """Storage that stays unreachable, refuses, or is full."""
 
 
 class NoSuchObject(StorageError, FileNotFoundError):

@@ -20,13 +20,13 @@ from contextlib import closing
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
+from pipelines.errors import StorageError
 from pipelines.remote.retries import (
     Again,
     Changed,
     Deadline,
     Final,
     Patience,
-    StorageError,
     refusal,
 )
 from pipelines.remote.transfer import Transfer

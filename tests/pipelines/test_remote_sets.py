@@ -185,7 +185,7 @@ def test_storage_that_dies_ends_the_epoch_in_time(
     ) as e:
         for _ in range(40):
             next(iterator)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 30  # a few objects, one after the other
     assert "goes on where it stopped" in str(e.value)
     # And it does.
     dead.clear()
@@ -204,7 +204,7 @@ def test_no_set_dead_storage_and_a_damaged_manifest(far: Far, tmp_path: Path) ->
     started = time.monotonic()
     with pytest.raises(StorageError, match=r"manifest\.json cannot be read"):
         opened(far, tmp_path / "f", patience)
-    assert time.monotonic() - started < 12
+    assert time.monotonic() - started < 20
     far.server.draw = lambda path, number: "403"
     with pytest.raises(StorageError, match="403"):
         opened(far, tmp_path / "f", patience)
