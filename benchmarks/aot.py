@@ -116,6 +116,14 @@ def requested(call: Callable[[], object], capability: int) -> list[CompiledKerne
     return kernels
 
 
+def code(kernel: CompiledKernel) -> str:
+    """Return a kernel's PTX without what follows it: where its source lay.
+
+    Triton's cache gives what another checkout compiled, and that names its own folders.
+    """
+    return str(kernel.asm["ptx"]).partition("\n\t.file\t")[0]
+
+
 def read(kernel: CompiledKernel) -> Program:
     """Read a compiled kernel with the tools of Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -36,7 +36,7 @@ for variant, bound in (("bounded", torch.empty((), device="meta")), ("online", N
     names = [f"nt_xent {kind} {variant} D=16" for kind in ("forward", "ranking", "gradient")]
     for name, kernel in zip(names, kernels, strict=True):
         (configuration,) = [c for c in CONFIGURATIONS if c.name == name]
-        launched[name] = kernel.asm["ptx"] == aot.build(configuration, 90).asm["ptx"]
+        launched[name] = aot.code(kernel) == aot.code(aot.build(configuration, 90))
 
 (good,) = [c for c in CONFIGURATIONS if c.name == "nt_xent gradient bounded D=256"]
 print(json.dumps({
