@@ -96,7 +96,7 @@ def script():
 @pytest.fixture(scope="module")
 def measured(run_ranks):
     """Verify everything on two ranks, and a part on one."""
-    return {ranks: run_ranks(SCRIPT, ranks, timeout_seconds=280) for ranks in (1, 2)}
+    return {ranks: run_ranks(SCRIPT, ranks, timeout_seconds=600) for ranks in (1, 2)}
 
 
 def assert_rows(rows, status, expected):
@@ -131,7 +131,7 @@ def test_a_sound_build_passes(measured, ranks, name):
     assert {row["check"] for row in rows} == CHECKED
     for row in rows:
         if row["status"] == "pass":
-            assert 0 <= row["deviation"] <= row["limit"] < 0.5
+            assert 0 <= row["deviation"] <= row["limit"] < 1
         else:
             assert row["note"], "no reason"
 
