@@ -118,6 +118,8 @@ def start(
         # Not before initialize, whose broadcast refuses such weights, and not where DeepSpeed
         # wraps the optimizer: the weights are then views of flat buffers.
         engine.module.to(memory_format=torch.channels_last)
+        # A rank alone has nobody to average with; DeepSpeed would copy every gradient twice.
+        engine.enable_backward_allreduce = world.num_ranks > 1
     for group in engine.optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return engine
