@@ -72,7 +72,8 @@ class Alternating:
         ids = torch.arange(batch_size)
         self._batches = [Batch(views_VBCHW, ids, ids)] * BLOCK
         self._bare = BareLoop(config)
-        self.micro_batch_size, self.num_views, self.wait_seconds = batch_size, 2, 0.0
+        self.micro_batch_size, self.num_views = batch_size, 2
+        self.num_damaged, self.wait_seconds = 0, 0.0
         self.batches_per_epoch = (blocks + 1) * BLOCK
         self.seconds: list[tuple[float, float]] = []
 
