@@ -54,8 +54,8 @@ def filtered(pixels: Pixels, kinds: Iterator[int] | list[int]) -> bytes:
     x, a, b, c = padded[1:, 1:], padded[1:, :-1], padded[:-1, 1:], padded[:-1, :-1]
     p = a + b - c
     to_a, to_b, to_c = abs(p - a), abs(p - b), abs(p - c)
-    paeth = np.where((to_a <= to_b) & (to_a <= to_c), a, np.where(to_b <= to_c, b, c))
-    guesses = [0 * a, a, b, (a + b) // 2, paeth]
+    nearest = np.where((to_a <= to_b) & (to_a <= to_c), a, np.where(to_b <= to_c, b, c))
+    guesses = [0 * a, a, b, (a + b) // 2, nearest]
     rows = [
         bytes([kind]) + ((x - guesses[kind])[y] % 256).astype(np.uint8).tobytes()
         for y, kind in zip(range(height), kinds, strict=False)
