@@ -80,7 +80,7 @@ def train(
     _share_cores(world)
     micro_batch_size = ds_config.images_per_rank(ds, world)
     loader = data_sets.training_loader(config, data_set, micro_batch_size, world, device)
-    trainer = _trainer(config, ds, loader, data_set, interruption)
+    trainer = make_trainer(config, ds, loader, data_set, interruption)
     trainer.check(loader)
     facts = {
         "config": _without_secrets(asdict(config)),
@@ -129,7 +129,7 @@ def _set_up_logging() -> None:
         logging.getLogger(package).setLevel(level)
 
 
-def _trainer(
+def make_trainer(
     config: Config,
     ds: ds_config.JSON,
     loader: Loader,
