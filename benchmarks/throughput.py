@@ -90,6 +90,7 @@ def measure(options: Options, words: list[str]) -> None:
         session = Session(
             replace(config, data=replace(config.data, train=data)), ds, ranks=ranks,
             budget_seconds=60 * options.budget_minutes, started=STARTED, say=say,
+            trace=options.out / "trace.json.gz" if options.profile else None,
         )  # fmt: skip
         try:
             results = session.run()
@@ -109,9 +110,6 @@ def measure(options: Options, words: list[str]) -> None:
         text = page.text_of(session, results, about, is_real)
         page.write(options.page, session, results, text)
         print(f"\n{text}")
-        if options.profile:
-            options.out.mkdir(parents=True, exist_ok=True)
-            say(session.profile(best, options.out / "trace.json.gz"))
     say(f"done; {options.page} and {options.out} hold it")
 
 

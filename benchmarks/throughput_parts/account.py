@@ -110,14 +110,15 @@ def _data_stages(raw: Mapping[str, Any]) -> list[Stage]:
     """Share the wait for batches out among the loader's stages, by their work."""
     steps = len(raw["marked"])
     exposed = _mean(raw["marked"], observing.WAIT)
-    waited = min(fmean(raw["waits"]), exposed)
     work = {name: seconds / steps for name, seconds in raw["loader_work"].items()}
-    total = sum(work.values()) or 1.0
+    total = sum(work.values())
+    # A wait that is longer than all the work was for threads to be woken: not a stage's.
+    waited = min(fmean(raw["waits"]), exposed, total)
     found = []
     for name in DATA[:-1]:
         if name in raw["alone"]:
             mine = work.get(name, 0.0)
-            share = waited * mine / total
+            share = waited * mine / total if total else 0.0
             found.append(Stage(name, raw["alone"][name], mine, share, (mine,)))
     rest = exposed - sum(stage.exposed for stage in found)
     return [*found, Stage(HAND_OUT, None, rest, rest, (rest,))]

@@ -73,6 +73,7 @@ class Processes:
             return self._run(job, limit, Path(folder))
 
     def _run(self, job: Job, limit: float, folder: Path) -> dict[str, Any]:
+        deadline = time.monotonic() + limit
         job = replace(job, config=replace(job.config, run_dir=str(folder / "run")))
         port, receivers, processes = _free_port(), [], []
         for rank in range(self._ranks):
@@ -85,7 +86,7 @@ class Processes:
             receivers.append(receiver)
             processes.append(process)
         try:
-            return _first_word(receivers, time.monotonic() + limit, limit, folder)
+            return _first_word(receivers, deadline, limit, folder)
         finally:
             for process in processes:
                 with suppress(ProcessLookupError, PermissionError):

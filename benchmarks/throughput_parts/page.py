@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from harness import facts, measurement, write_rows
@@ -32,7 +33,8 @@ def rows_of(session: Session, results: Results) -> list[dict[str, Any]]:
     common: dict[str, Any] = {"sizes": sizes, "dtype": raw["dtype"], "images": raw["images"]}
     rows = []
     for stage in results.account.stages:
-        row = measurement("stage", stage.name, stage.seconds, **common)
+        steps = common if median(stage.seconds) else {**common, "images": None}
+        row = measurement("stage", stage.name, stage.seconds, **steps)
         told = {"alone_images_per_second": stage.alone, "work_seconds": stage.work,
                 "exposed_seconds": stage.exposed}  # fmt: skip
         rows.append({**row, **told})
@@ -228,10 +230,7 @@ def _outcome_lines(session: Session, results: Results, found: Found) -> list[str
         f"({met}; pair by pair {each}). After: {what}.",
         *(["", f"Short of it because: {_why_short(results)}"] if ratio < GAIN else []),
         "",
-        *(
-            f"- {note}"
-            for note in settings.notes(found.best, session.base, session.images_per_rank)
-        ),
+        *(f"- {note}" for note in notes),
     ]
 
 

@@ -177,7 +177,7 @@ class _Rungs:
                 return setting, outcome
             if outcome.problem != "out of memory":
                 break
-        raise NothingRuns(f"the setting that was given cannot be measured: {outcome.problem}")
+        raise NothingRuns(f"The setting that was given cannot be measured: {outcome.problem}")
 
     def run(
         self,
@@ -208,7 +208,9 @@ class _Rungs:
 
     def _one(self, setting: Any, seconds: float) -> Outcome:
         before = self._now()
-        limit = min(self._end - before, max(SLOW_SHARE * self._budget, 3 * self._overhead))
+        limit = self._end - before
+        if self._overhead:  # the base, which is first, may take all of it
+            limit = min(limit, max(SLOW_SHARE * self._budget, 3 * self._overhead))
         outcome = self._measure(setting, seconds, limit)
         if not outcome.problem:
             took = self._now() - before - seconds

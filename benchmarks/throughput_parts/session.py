@@ -28,8 +28,8 @@ from throughput_parts.jobs import OUT_OF_MEMORY, Job, Processes
 from throughput_parts.search import Found, NothingRuns, Outcome, Trial, search
 from throughput_parts.settings import Machine, Setting
 
-# Where in the budget each part ends, at the latest.
-ACCOUNT_ENDS, SEARCH_ENDS, COMPARISON_ENDS = 0.4, 0.72, 0.97
+# Where in the budget the search and all of it end, at the latest.
+SEARCH_ENDS, ENDS = 0.72, 0.97
 ACCOUNT_SHARE = 0.12  # of the budget: measured seconds of the account
 MOST_PAIRS, LEAST_SECONDS = 4, 2.0
 NEEDS = {"kornia": "kornia", "dali": "nvidia.dali", "triton": "triton", "threads": "numba"}
@@ -76,6 +76,7 @@ class Session:
         budget_seconds: How long all may take, from ``started`` on.
         started: ``time.monotonic()`` at the beginning.
         say: Told what is being done.
+        trace: File for a trace of the tuned setting; None for no trace.
 
     Raises:
         ConfigError: If recipe and JSON do not go together.
@@ -90,6 +91,7 @@ class Session:
         budget_seconds: float,
         started: float,
         say: Say,
+        trace: Path | None = None,
     ) -> None:
         # Nothing is evaluated, saved or ended but by the plan.
         self.config = replace(
@@ -102,6 +104,7 @@ class Session:
         )
         self.given, self.ds = config, ds
         self._started, self._budget, self._say = started, budget_seconds, say
+        self._trace_file = trace
         world = World(0, ranks, 0, ranks)
         resolved, full = ds_config.resolve(self.config, ds, world)
         self.images_per_rank = ds_config.images_per_rank(full, world)
@@ -124,15 +127,20 @@ class Session:
         axes = ordered(self.axes, account.verdict.bottleneck)
         budget = self._until(SEARCH_ENDS)
         first = min(max(LEAST_SECONDS, 4 * account.plain), max(0.05 * self._budget, 1.0))
-        self._say(f"tuning for {max(0.0, budget):.0f} s: {', '.join(axes)}")
+        if budget <= first:
+            results.ended = "There was no time left to tune: give more --budget-minutes."
+            return results
+        self._say(f"tuning for {budget:.0f} s: {', '.join(axes)}")
         try:
             results.found = search(
                 base, axes, self.measure, budget_seconds=budget, first_seconds=first,
-                on_trial=self._tell,
+                on_trial=self._tell, now=time.monotonic,
             )  # fmt: skip
         except NothingRuns as error:
             results.ended = f"{error}. Give more --budget-minutes."
             return results
+        if self._trace_file:
+            self._trace(results.found.best, self._trace_file)
         if results.found.best != results.found.base:
             results.pairs = self._compare(results.found)
         return results
@@ -150,12 +158,13 @@ class Session:
         speed = found["images"] * len(taken) / sum(taken)
         return Outcome(speed, taken, peak_bytes=found["peak_bytes"])
 
-    def profile(self, setting: Setting, out: Path) -> str:
-        """Leave a trace of a setting; return what became of it."""
+    def _trace(self, setting: Setting, out: Path) -> None:
+        """Leave a trace of some steps of a setting."""
         config, ds = settings.apply(setting, self.base, self.config, self.ds)
+        out.parent.mkdir(parents=True, exist_ok=True)
         job = Job("profile", config, ds, setting.torch_threads, 0.0, str(out.resolve()))
-        found = self._processes.run(job, max(20.0, self._until(1.0)))
-        return found.get("problem") or f"{out}: open it in https://ui.perfetto.dev"
+        found = self._processes.run(job, self._until(1.0))
+        self._say(found.get("problem") or f"{out}: open it in https://ui.perfetto.dev")
 
     def _account(self) -> tuple[Account, Setting]:
         """Account for the base; where it does not fit in memory, for the fewest chunks that do."""
@@ -166,7 +175,7 @@ class Session:
             self._say(f"accounting for {settings.describe(setting, self.base)}")
             config, ds = settings.apply(setting, self.base, self.config, self.ds)
             job = Job("account", config, ds, setting.torch_threads, seconds)
-            raw = self._processes.run(job, self._until(ACCOUNT_ENDS))
+            raw = self._processes.run(job, self._until(ENDS))
             if "problem" not in raw:
                 return account_of(raw), setting
             self._say(f"  {raw['problem']}")
@@ -176,7 +185,7 @@ class Session:
 
     def _compare(self, found: Found) -> list[tuple[Outcome, Outcome]]:
         """Measure base and best in turn."""
-        left, pairs = self._until(COMPARISON_ENDS), []
+        left, pairs = self._until(ENDS), []
         self._say(f"comparing for {left:.0f} s: {settings.describe(found.best, found.base)}")
         start = (self._starts[found.base] + self._starts[found.best]) / 2
         seconds = min(10.0, max(LEAST_SECONDS, left / (2 * MOST_PAIRS) - start))
@@ -191,7 +200,7 @@ class Session:
                 f"  {pair[0].images_per_second:,.0f} -> {pair[1].images_per_second:,.0f} images/s: "
                 f"{ratio:.2f}x"
             )
-            if self._until(COMPARISON_ENDS) < time.monotonic() - before:
+            if self._until(ENDS) < time.monotonic() - before:
                 break
         return pairs
 
