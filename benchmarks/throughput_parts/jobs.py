@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ from typing import Any
 
 from fastclr.config import Config
 from fastclr.ds_config import JSON
+from throughput_parts.search import OUT_OF_MEMORY
 
 # Imported once, by the process that all others are forks of.
 PRELOAD = ["torch", "deepspeed", "fastclr.runs", "pipelines.augment_threads"]
-OUT_OF_MEMORY = "out of memory"
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "Cannot allocate memory")
 
 
@@ -76,19 +77,18 @@ class Processes:
         deadline = time.monotonic() + limit
         job = replace(job, config=replace(job.config, run_dir=str(folder / "run")))
         port, receivers, processes = _free_port(), [], []
-        for rank in range(self._ranks):
-            receiver, sender = self._context.Pipe(duplex=False)
-            log = str(folder / f"rank{rank}.txt")
-            arguments = (job, rank, self._ranks, port, sender, log, self._on_cuda)
-            process = self._context.Process(target=be, args=arguments)
-            process.start()
-            sender.close()
-            receivers.append(receiver)
-            processes.append(process)
         try:
+            for rank in range(self._ranks):
+                receiver, sender = self._context.Pipe(duplex=False)
+                log = str(folder / f"rank{rank}.txt")
+                arguments = (job, rank, self._ranks, port, sender, log, self._on_cuda)
+                processes.append(self._context.Process(target=be, args=arguments))
+                processes[-1].start()
+                sender.close()
+                receivers.append(receiver)
             return _first_word(receivers, deadline, limit, folder)
         finally:
-            for process in processes:
+            for process in (p for p in processes if p.pid):
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)  # also what a compiler started
                 process.kill()
@@ -127,6 +127,7 @@ def be(
 ) -> None:
     """Be one rank of a job: tell what was found, and end at once."""
     os.setsid()  # it is killed with all that it started, and by nobody's Ctrl-C
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "wb", buffering=0) as stream:  # noqa: PTH123
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -151,6 +152,14 @@ def be(
         sender.close()
         os._exit(0)
     time.sleep(3600)  # rank 0 still measures; the parent ends this one
+
+
+def _end_with_parent() -> None:
+    """End this process, and all that it started, when nobody is left who waits for it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _work(job: Job) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def profile(job: Job) -> dict[str, Any]:
         if is_main:
             profiler.export_chrome_trace(job.out)
 
-    _fit(run, marks, plan())
+    _fit(run, marks, plan(), observing.Source(run.loader, marks))
     return {"bytes": Path(job.out).stat().st_size if is_main else 0}
 
 

@@ -19,6 +19,7 @@ GAIN = 1.02  # a change has to be worth this much to be kept
 FIRST_SHARE = 0.6  # of the budget, at most, for the first rung
 SLOW_SHARE = 0.35  # of the budget, at most, for one measurement: compiling may take minutes
 MOST_RUNGS = 5
+OUT_OF_MEMORY = "out of memory"  # the one problem that is done something about
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def search(
         if better:
             found.best = better[0].setting
         kept = [trial.setting for trial in better[: math.ceil(len(better) / 2)]]
-        unions = [u for u in _unions(base, better) if u not in seen]
+        unions = [*_unions(base, better), *_retries(base, better, measured)]
+        unions = [u for u in unions if u not in seen]
         if not unions and len(kept) <= 1:
             break
         seen.update(unions)
@@ -129,7 +131,9 @@ def search(
         longer = rungs.run(rung, base, None, candidates, first_seconds * 2**rung, 1.0)
         if not any(trial.ratio for trial in longer):
             break
-        measured = longer
+        # Those that there was no time for keep what they have shown.
+        done = {trial.setting for trial in longer}
+        measured = longer + [t for t in better if t.setting in kept and t.setting not in done]
     better = [trial for trial in measured if trial.ratio >= GAIN]
     found.best = max(better, key=lambda t: t.ratio).setting if better else base
     return found
@@ -138,17 +142,23 @@ def search(
 def _unions(base: Any, better: Sequence[Trial]) -> list[Any]:
     """Join what helped: first all of it, then the three best in pairs; the faster one's value."""
     groups: list[Sequence[Trial]] = [better, *itertools.combinations(better[:3], 2)]
-    found = []
-    for group in groups:
-        joined = base
-        for trial in reversed(group):
-            mine = {
-                name: value for name, value in vars(trial.setting).items()
-                if value != getattr(base, name)
-            }  # fmt: skip
-            joined = replace(joined, **mine)
-        found.append(joined)
+    found = [_union(base, [trial.setting for trial in group]) for group in groups]
     return [u for u in dict.fromkeys(found) if u != base]
+
+
+def _retries(base: Any, better: Sequence[Trial], measured: Sequence[Trial]) -> list[Any]:
+    """Join what did not fit in memory with the best: that may take less."""
+    failed = [t.setting for t in measured if t.outcome.problem == OUT_OF_MEMORY]
+    return [_union(base, [better[0].setting, setting]) for setting in failed] if better else []
+
+
+def _union(base: Any, joined: Sequence[Any]) -> Any:
+    """Join changes of the base; the first one's value, where several change one field."""
+    union = base
+    for setting in reversed(joined):
+        changed = {n: v for n, v in vars(setting).items() if v != getattr(base, n)}
+        union = replace(union, **changed)
+    return union
 
 
 class _Rungs:
@@ -175,7 +185,7 @@ class _Rungs:
             self._note(Trial(setting, 0, outcome, 0.0 if outcome.problem else 1.0))
             if not outcome.problem:
                 return setting, outcome
-            if outcome.problem != "out of memory":
+            if outcome.problem != OUT_OF_MEMORY:
                 break
         raise NothingRuns(f"The setting that was given cannot be measured: {outcome.problem}")
 

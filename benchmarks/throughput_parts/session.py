@@ -24,8 +24,8 @@ from fastclr.world import World
 from pipelines.backends import resolve_backend
 from throughput_parts import settings
 from throughput_parts.account import Account, account_of
-from throughput_parts.jobs import OUT_OF_MEMORY, Job, Processes
-from throughput_parts.search import Found, NothingRuns, Outcome, Trial, search
+from throughput_parts.jobs import Job, Processes
+from throughput_parts.search import OUT_OF_MEMORY, Found, NothingRuns, Outcome, Trial, search
 from throughput_parts.settings import Machine, Setting
 
 # Where in the budget the search and all of it end, at the latest.
@@ -125,6 +125,9 @@ class Session:
         account, base = self._account()
         results = Results(account)
         axes = ordered(self.axes, account.verdict.bottleneck)
+        if "chunks" in axes:  # far away ones are slower, and time is short
+            near = (base.chunks // 2, 2 * base.chunks, 4 * base.chunks)
+            axes["chunks"] = [base.chunks, *(k for k in near if k in axes["chunks"])]
         budget = self._until(SEARCH_ENDS)
         first = min(max(LEAST_SECONDS, 4 * account.plain), max(0.05 * self._budget, 1.0))
         if budget <= first:

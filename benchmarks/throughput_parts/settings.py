@@ -87,7 +87,7 @@ def axes(base: Setting, ds: JSON, machine: Machine, images_per_rank: int) -> dic
     others: dict[str, list[Any]] = {
         "precision": [] if any(key in ds for key in HALF_KEYS) else ["bf16"],
         "torch_threads": _powers(machine.cores) if machine.device == "cpu" else [],
-        "chunks": [k for k in (1, 2, 4, 8) if _divides(k, images_per_rank)],
+        "chunks": [k for k in (1, 2, 4, 8, 16, 32, 64) if _divides(k, images_per_rank)],
         "zero_stage": [0, 1, 2] if machine.ranks > 1 else [],
         "in_memory": [True] if base.backend != "dali" else [],
         "loader_threads": _powers(machine.cores),

@@ -160,6 +160,23 @@ def test_a_base_that_does_not_fit_is_cut_into_chunks(part: Import) -> None:
     assert len(broken.asked) == 1
 
 
+def test_what_does_not_fit_is_tried_again_with_what_takes_less(part: Import) -> None:
+    search, setting = part("search"), part("settings").Setting
+
+    def speed(s: Any) -> float:
+        if s.chunks < 4 and s.precision != "bf16":
+            return 0
+        return 100.0 * (1.5 if s.precision == "bf16" else 1) * (1.3 if s.chunks < 4 else 1)
+
+    machine = Machine(speed, search.Outcome)
+    axes = {"precision": ["json", "bf16"], "chunks": [4, 2]}
+    found = search.search(
+        setting(chunks=4), axes, machine.measure, budget_seconds=200, first_seconds=2,
+        now=lambda: machine.now,
+    )  # fmt: skip
+    assert found.best == setting(chunks=2, precision="bf16")
+
+
 def session_of(part: Import, config: Config, ds: dict[str, Any], tmp_path: Path) -> Any:
     """Return a session; nothing is started yet."""
     return part("session").Session(
@@ -343,8 +360,8 @@ class MadeUp:
 
 
 def speed_of(config: Config, ds: dict[str, Any]) -> float:
-    """Be faster in memory and in bf16; know no memory for eight chunks."""
-    if ds.get("gradient_accumulation_steps") == 8:
+    """Be faster in memory and in bf16; have no memory for two chunks."""
+    if ds.get("gradient_accumulation_steps") == 2:
         return 0
     return 600 * (1.3 if "torch_autocast" in ds else 1) * (1.1 if config.data.in_memory else 1)
 
@@ -429,6 +446,8 @@ def test_processes_account_for_a_real_run_and_survive_what_fails(
     found = run(100)
     assert len(found["seconds"]) >= 3 and found["images"] == 16
     assert run(100, config=replace(config, global_batch_size=4096))["problem"].startswith("refused")
+    large = replace(config, head=HeadConfig(hidden_dim=10**7, output_dim=4096))  # 150 GiB
+    assert run(100, config=large)["problem"] == "out of memory"
     assert run(100, "no such kind")["problem"].startswith("failed: KeyError")
     started = time.monotonic()
     assert run(0.3)["problem"] == "not done within 0 s"
