@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
-from fastclr import checkpointing, data_sets, ds_config, ledger, runs
+from fastclr import checkpointing, data_sets, ledger, runs
 from fastclr.batch import Batch
 from fastclr.config import Config, ConfigError, EvaluationConfig
 from fastclr.data_sets import DataSet
@@ -190,23 +190,16 @@ def replay(run_dir: Path, step: int, train: str = "") -> list[Row]:
     scratch = run_dir / f".replay-{step:07d}"
     config = replace(
         config, run_dir=str(scratch), start_from=str(before or ""), checkpoint_every=10**9,
-        evaluation=EvaluationConfig(),
+        evaluation=EvaluationConfig(), data=replace(config.data, train=train or config.data.train),
     )  # fmt: skip
     ds = runs.read_json(run_dir / "config.json")["ds_config"]
-    config, ds = ds_config.resolve(
-        config, {k: v for k, v in ds.items() if k not in MONITORS}, world
-    )
-    data_set = data_sets.open_data(train or config.data.train, config.data)
-    loader = data_sets.training_loader(
-        config, data_set, start.micro_batch_size, world, device_of(world)
-    )
+    run = runs.prepare(config, {k: v for k, v in ds.items() if k not in MONITORS})
     if world.is_main:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
     first = 1 + (int(checkpointing.read_facts(before)["step"]) if before else 0)
     try:
-        trainer = runs.make_trainer(config, ds, loader, data_set, None)
-        trainer.fit(_Until(loader, step + 1 - first), epochs=config.epochs)
+        run.trainer.fit(_Until(run.loader, step + 1 - first), epochs=run.config.epochs)
     except _Reached:
         pass
     dist.barrier()
