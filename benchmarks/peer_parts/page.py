@@ -90,12 +90,17 @@ def _targets(rows: Sequence[Row]) -> Table:
 
 def _times(rows: Sequence[Row]) -> Table:
     header = ("", "size", "ms a batch (20 to 80 %)", "images/s", "x ours", "set up")
-    return Table(header, [(
-        row["variant"], _size(row),
-        f"{_ms(row['p50_seconds'])} ({_ms(row['p20_seconds'])} to {_ms(row['p80_seconds'])})",
-        f"{row['images_per_second']:,.0f}" if _is_rate(row) else "",
-        f"{row['ratio']:.2f}", row["configuration"],
-    ) for row in rows])  # fmt: skip
+    lines = []
+    for row in rows:
+        rate = f"{row['images_per_second']:,.0f}" if _is_rate(row) else ""
+        ratio, set_up = f"{row['ratio']:.2f}", row["configuration"]
+        lines.append((row["variant"], _size(row), _time(row), rate, ratio, set_up))
+    return Table(header, lines)
+
+
+def _time(row: Row) -> str:
+    middle, low, high = (_ms(row[f"p{p}_seconds"]) for p in (50, 20, 80))
+    return f"{middle} ({low} to {high})" if row["repeats"] > 1 else middle
 
 
 def _memory(rows: Sequence[Row]) -> Table:

@@ -123,10 +123,10 @@ def roofline(files: Mapping[str, Sequence[Row]]) -> Section:
         pictures.append(Picture(f"roofline-{number}", svg, f"Roofline of {machine}."))
         for name, point in points.items():
             roof = min(point.intensity * (bandwidth or math.inf), peak or math.inf)
-            lines.append((
-                name, machine, f"{point.intensity:,.0f}" if point.intensity >= 100 else f"{point.intensity:.2f}", f"{point.speed / 1e9:,.1f}",
-                f"{point.speed / roof:.0%}",
-            ))  # fmt: skip
+            intensity = point.intensity
+            shown = f"{intensity:,.0f}" if intensity >= 100 else f"{intensity:.2f}"
+            speed, share = f"{point.speed / 1e9:,.1f}", f"{point.speed / roof:.0%}"
+            lines.append((name, machine, shown, speed, share))
     header = ("kernel", "machine", "FLOP/B", "GFLOP/s", "of the roof")
     if not any(on_gpu(rows) != NO_GPU for rows in files.values()):
         text.append(f"Triton kernels: {NO_GPU}.")

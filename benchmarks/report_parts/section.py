@@ -11,6 +11,7 @@ from typing import NamedTuple
 from fastclr.report import template
 from fastclr.report.template import Markup
 
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]\d+)?%?( \([\d., to]+\))?")
 PICTURES = "report"  # folder of the pictures, beside the page
 
 
@@ -78,7 +79,7 @@ def _is_right(table: Table) -> list[bool]:
     """Tell which columns hold numbers, or nothing."""
     columns = list(zip(*table.rows, strict=True)) or [()] * len(table.header)
     return [
-        i > 0 and any(column) and all(not cell or cell[0] in "-+0123456789" for cell in column)
+        i > 0 and any(column) and all(not cell or _NUMBER.fullmatch(cell) for cell in column)
         for i, column in enumerate(columns)
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from peer_parts import page as peers
@@ -111,17 +110,18 @@ def throughput(files: Mapping[str, Sequence[Row]]) -> Section:
     """Where the time of a step goes, and what tuning gave."""
     rows = files["throughput.jsonl"]
     pictures = []
-    stages = named(rows, "stage")
-    speeds = {
-        row["variant"]: row["images_per_second"] for row in stages if row["images_per_second"]
-    }
-    if speeds:
+    stages = [row for row in rows if row.get("name") == "stage"]
+    keys = ("alone_images_per_second", "images_per_second")
+    alone = {row["variant"]: next((row[k] for k in keys if row.get(k)), None) for row in stages}
+    if speeds := {variant: speed for variant, speed in alone.items() if speed}:
         svg = bar_chart("stages", speeds, label="images/s of each stage alone")
         pictures.append(Picture("stages", svg, "Each stage alone at its own maximum, images/s."))
-    times = {row["variant"]: 1e3 * row["p50_seconds"] for row in stages}
-    if times:
-        svg = bar_chart("stage-times", times, label="ms a step", unit="ms")
-        pictures.append(Picture("stage-times", svg, "Each stage alone, milliseconds a step."))
+    if stages and all(row.get("exposed_seconds") is not None for row in stages):
+        exposed = {row["variant"]: 1e3 * row["exposed_seconds"] for row in stages}
+        work = {row["variant"]: 1e3 * row["work_seconds"] for row in stages}
+        svg = bar_chart("stage-times", exposed, label="ms a step: exposed of all", whole=work)
+        caption = "Inside the whole run: what the step waits for, of what each stage takes."
+        pictures.append(Picture("stage-times", svg, caption))
     return _section("Where the time goes", "throughput.jsonl", rows, pictures)
 
 
@@ -202,13 +202,24 @@ def _section(title: str, name: str, rows: Sequence[Row], pictures: Sequence[Pict
             f"**Not measured yet**: `{FILES[name].command}` writes `{name}`. On a GPU: {NO_GPU}."
         )
         return Section(title, [missing])
-    rows = [row for row in rows if "name" in row and "p50_seconds" in row]
-    tables = [(of_name.capitalize(), table(list(group))) for of_name, group in groupby(rows, _name)]
+    rows = [row for row in rows if "name" in row and "sizes" in row]
+    names = dict.fromkeys(row["name"] for row in rows)
+    by_name = [[row for row in rows if row["name"] == of_name] for of_name in names]
+    tables = [(heading(group), table(group)) for group in by_name]
     return Section(title, [_where(rows)], pictures, tables)
 
 
-def _name(row: Row) -> str:
-    return row["name"]
+def heading(rows: Sequence[Row]) -> str:
+    """Return the name of rows and the sizes that all of them share."""
+    constant = [f"{key} {_cell(rows[0]['sizes'][key])}" for key in _sizes(rows, varying=False)]
+    return ", ".join([rows[0]["name"].capitalize(), *constant])
+
+
+def _sizes(rows: Sequence[Row], *, varying: bool) -> list[str]:
+    """Return the sizes that vary over rows, or those that do not."""
+    keys = dict.fromkeys(key for row in rows for key in row["sizes"])
+    values = {key: {str(row["sizes"].get(key)) for row in rows} for key in keys}
+    return [key for key in keys if (len(values[key]) > 1) is varying]
 
 
 def _where(rows: Iterable[Row]) -> str:
@@ -225,7 +236,7 @@ def _where(rows: Iterable[Row]) -> str:
 
 def table(rows: Sequence[Row]) -> Table:
     """Return rows of one name as a table: sizes, times, and every other plain value they carry."""
-    sizes = list(dict.fromkeys(key for row in rows for key in row["sizes"]))
+    sizes = _sizes(rows, varying=True)
     extras = list(dict.fromkeys(
         key for row in rows for key, value in row.items()
         if key not in _KNOWN and isinstance(value, bool | int | float | str)
@@ -233,8 +244,8 @@ def table(rows: Sequence[Row]) -> Table:
     columns: list[tuple[str, Callable[[Row], Any]]] = [
         *((key, lambda row, key=key: row["sizes"].get(key)) for key in sizes),
         ("ms (20 to 80 %)", _milliseconds),
-        ("images/s", lambda row: row["images_per_second"]),
-        ("peak MiB", lambda row: row["peak_bytes"] and row["peak_bytes"] / 2**20),
+        ("images/s", lambda row: row.get("images_per_second")),
+        ("peak MiB", lambda row: row["peak_bytes"] / 2**20 if row.get("peak_bytes") else None),
         *((key.replace("_", " "), lambda row, key=key: row.get(key)) for key in extras),
     ]
     columns = [(head, cell) for head, cell in columns if any(cell(row) is not None for row in rows)]
@@ -242,11 +253,12 @@ def table(rows: Sequence[Row]) -> Table:
     return Table(("", *(head for head, _ in columns)), lines)
 
 
-def _milliseconds(row: Row) -> str:
-    middle, low, high = (1e3 * row[f"p{p}_seconds"] for p in (50, 20, 80))
-    return (
-        f"{_cell(middle)} ({_cell(low)} to {_cell(high)})" if row["repeats"] > 1 else _cell(middle)
-    )
+def _milliseconds(row: Row) -> str | None:
+    """Return a row's time; None for what was tried and failed."""
+    if row.get("p50_seconds") is None:
+        return None
+    middle, low, high = (_cell(1e3 * row[f"p{p}_seconds"]) for p in (50, 20, 80))
+    return f"{middle} ({low} to {high})" if row["repeats"] > 1 else middle
 
 
 def _cell(value: Any) -> str:

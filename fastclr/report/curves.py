@@ -31,34 +31,51 @@ class Kernel(NamedTuple):
     speed: float
 
 
-def bar_chart(name: str, values: Mapping[str, float], *, label: str, unit: str = "") -> Markup:
+def bar_chart(
+    name: str,
+    values: Mapping[str, float],
+    *,
+    label: str,
+    whole: Mapping[str, float] | None = None,
+) -> Markup:
     """Draw one bar a value, from the top down, with the value at its end.
 
     Args:
         name: Chart name, unique on the page.
-        values: At least one, by name; all above 0. A wide range makes the axis logarithmic.
-        label: What the bars show; also the text alternative.
-        unit: Written after each value.
+        values: At least one, by name. A wide range makes the axis logarithmic, if all are above 0.
+        label: What the bars show, with the unit; also the text alternative.
+        whole: What each value is a part of, drawn pale behind it on an axis from 0; the numbers
+            are then both. None for no such thing.
 
     Returns:
         An `<svg>` element.
     """
     figure, axes = charts._axes()
     figure.set_size_inches(_WIDTH, _BAR * len(values) + _MARGIN)
-    bars = axes.barh(list(values), list(values.values()), 0.66, color=charts._FIRST)
-    texts = [f"{short(value)}{unit and ' ' + unit}" for value in values.values()]
-    axes.bar_label(bars, texts, padding=4, color=charts._INK, fontsize=10)
+    names, numbers = list(values), list(values.values())
+    longest = [whole[key] for key in names] if whole else numbers
+    texts = [short(value) for value in numbers]
+    if whole:
+        texts = [f"{part} of {short(all_)}" for part, all_ in zip(texts, longest, strict=True)]
+        axes.barh(names, longest, 0.66, color=charts._MUTED, alpha=0.45)
+    bars = axes.barh(names, numbers, 0.66, color=charts._FIRST)
+    low, high = min(numbers), max(longest)
+    if low > 0 and high > _WIDE_RANGE * low and not whole:
+        axes.set(xscale="log", xlim=(low / 3, 6 * high))
+        label += ", logarithmic"
+    else:
+        axes.set_xlim(0, 1.3 * high or 1)
+    for bar, end, text in zip(bars, longest, texts, strict=True):
+        place = (end, bar.get_y() + bar.get_height() / 2)
+        axes.annotate(
+            text, place, (4, 0), textcoords="offset points", va="center", color=charts._INK
+        )
     axes.invert_yaxis()
     axes.grid(False)
-    low, high = min(values.values()), max(values.values())
-    if high > _WIDE_RANGE * low:
-        axes.set(xscale="log", xlim=(low / 3, 6 * high))
-    else:
-        axes.set_xlim(0, 1.25 * high)
     axes.xaxis.set_major_locator(NullLocator())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.spines["bottom"].set_visible(False)
-    axes.set_xlabel(label + (", logarithmic" if axes.get_xscale() == "log" else ""))
+    axes.set_xlabel(label)
     return charts._svg(figure, name, f"{label}: {', '.join(values)}")
 
 
