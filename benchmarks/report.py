@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 from report_parts import kernels, sections
 from report_parts.rows import Row, devices, read_rows
-from report_parts.section import PICTURES, Section, html, markdown
+from report_parts.section import PICTURES, STYLE, Section, html, markdown
 
 from fastclr.files import write_durably
 from fastclr.report import template
@@ -66,7 +66,7 @@ def write(folder: Path) -> list[Path]:
         f'<p class="kicker">fastclr</p><h1>{TITLE}</h1>'
         f'<p class="summary">{lead(files).replace("`", "")}</p>'
     )
-    write_durably(folder / "REPORT.html", template.page(TITLE, [header, *map(html, made)]))
+    write_durably(folder / "REPORT.html", template.page(TITLE, [STYLE, header, *map(html, made)]))
     return [folder / "REPORT.md", folder / "REPORT.html", *written]
 
 

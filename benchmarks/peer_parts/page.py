@@ -11,7 +11,7 @@ from report_parts.section import Section, Table
 from peer_parts.names import LIGHTLY
 
 PARTS = {
-    "step": "Files to weights: whole steps",
+    "step": "Whole steps, files to weights",
     "views": "Read, decode, two views",
     "model": "Encoder and head, forward and backward",
     "loss": "NT-Xent, forward and backward",
@@ -71,8 +71,11 @@ def section(rows: Sequence[Row]) -> Section:
     """Return the targets and a table for each part."""
     tables = [("Asked", _targets(rows))]
     for part, title in PARTS.items():
-        if of_part := named(rows, f"peers {part}"):
-            tables.append((title, _memory(of_part) if part == "memory" else _times(of_part)))
+        of_part = named(rows, f"peers {part}")
+        for size in dict.fromkeys(map(_size, of_part)):
+            of_size = [row for row in of_part if _size(row) == size]
+            table = _memory(of_size) if part == "memory" else _times(of_size)
+            tables.append((f"{title}: {size}", table))
     return Section("Beside others", [NOTE, ENCODER], tables=tables)
 
 
@@ -89,12 +92,12 @@ def _targets(rows: Sequence[Row]) -> Table:
 
 
 def _times(rows: Sequence[Row]) -> Table:
-    header = ("", "size", "ms a batch (20 to 80 %)", "images/s", "x ours", "set up")
+    header = ("", "ms a batch (20 to 80 %)", "images/s", "x ours", "set up")
     lines = []
     for row in rows:
         rate = f"{row['images_per_second']:,.0f}" if _is_rate(row) else ""
         ratio, set_up = f"{row['ratio']:.2f}", row["configuration"]
-        lines.append((row["variant"], _size(row), _time(row), rate, ratio, set_up))
+        lines.append((row["variant"], _time(row), rate, ratio, set_up))
     return Table(header, lines)
 
 
@@ -109,8 +112,8 @@ def _memory(rows: Sequence[Row]) -> Table:
         peak = row["peak_bytes"]
         mib = "not known" if peak is None else f"{peak / 2**20:,.0f}"
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        lines.append((row["variant"], _size(row), mib, ratio, row["configuration"]))
-    return Table(("", "size", "MiB", "x ours", "set up"), lines)
+        lines.append((row["variant"], mib, ratio, row["configuration"]))
+    return Table(("", "MiB", "x ours", "set up"), lines)
 
 
 def _is_rate(row: Row) -> bool:

@@ -87,8 +87,15 @@ def _is_right(table: Table) -> list[bool]:
 _SECTION = Template("<section><h2>$title</h2>$text$pictures$tables</section>")
 _PICTURES = Template('<div class="pair">$figures</div>')
 _FIGURE = Template('<figure class="panel">$svg<figcaption>$caption</figcaption></figure>')
-_TABLE = Template('$heading<div class="panel" style="$style">$table</div>')
-_SCROLLS = "padding:6px 18px;overflow-x:auto;overflow-wrap:normal;margin-top:16px"
+_TABLE = Template('$heading<div class="panel scroll">$table</div>')
+# What the sections need beside the style of all pages.
+STYLE = Markup("""<style>
+.scroll { padding: 6px 18px; margin-top: 16px; overflow-x: auto; }
+.scroll th, .scroll td { overflow-wrap: normal; }
+.pair + h3, .scroll + h3 { margin-top: 26px; }
+code { font-family: var(--mono); font-size: .9em; overflow-wrap: anywhere; }
+a { color: var(--first); }
+</style>""")
 
 
 def html(section: Section) -> Markup:
@@ -115,7 +122,6 @@ def _html_table(heading: str, table: Table) -> Markup:
     return template.fill(
         _TABLE,
         heading=Markup(f"<h3>{escape(heading)}</h3>" if heading else ""),
-        style=_SCROLLS,
         table=template.table(table.header, rows),
     )
 

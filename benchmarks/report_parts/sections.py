@@ -114,7 +114,7 @@ def throughput(files: Mapping[str, Sequence[Row]]) -> Section:
     keys = ("alone_images_per_second", "images_per_second")
     alone = {row["variant"]: next((row[k] for k in keys if row.get(k)), None) for row in stages}
     if speeds := {variant: speed for variant, speed in alone.items() if speed}:
-        svg = bar_chart("stages", speeds, label="images/s of each stage alone")
+        svg = bar_chart("stages", speeds, label="images/s")
         pictures.append(Picture("stages", svg, "Each stage alone at its own maximum, images/s."))
     if stages and all(row.get("exposed_seconds") is not None for row in stages):
         exposed = {row["variant"]: 1e3 * row["exposed_seconds"] for row in stages}
@@ -173,7 +173,7 @@ def beside_others(files: Mapping[str, Sequence[Row]]) -> Section:
             for row in named(rows, "peers step")
             if row["sizes"]["side"] == side
         }
-        svg = bar_chart(f"peers-{side}", speeds, label=f"images/s, files to weights, {side} px")
+        svg = bar_chart(f"peers-{side}", speeds, label="images/s")
         caption = f"Files to weights at {side} pixels, images/s."
         pictures.append(Picture(f"peers-{side}", svg, caption))
     return section._replace(text=[*section.text, _where(rows)], pictures=pictures)

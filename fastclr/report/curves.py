@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from fastclr.report.template import Markup
 _WIDTH, _BAR, _MARGIN = 4.9, 0.3, 0.85  # inches
 _WIDE_RANGE = 30  # from the smallest to the largest bar: beyond, a logarithmic axis
 _MOST_TICKS = 7
+_NAME_CHARACTERS = 24  # in a line beside a bar
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -52,8 +54,9 @@ def bar_chart(
     """
     figure, axes = charts._axes()
     figure.set_size_inches(_WIDTH, _BAR * len(values) + _MARGIN)
-    names, numbers = list(values), list(values.values())
-    longest = [whole[key] for key in names] if whole else numbers
+    numbers = list(values.values())
+    names = [textwrap.fill(key, _NAME_CHARACTERS) for key in values]
+    longest = [whole[key] for key in values] if whole else numbers
     texts = [short(value) for value in numbers]
     if whole:
         texts = [f"{part} of {short(all_)}" for part, all_ in zip(texts, longest, strict=True)]
@@ -109,7 +112,7 @@ def curve_chart(
         axes.set_ylim(bottom=0)
     else:
         axes.set_yscale("log")
-        _widen(axes, [y for _, y_N in series.values() for y in y_N])
+        _frame(axes, [y for _, y_N in series.values() for y in y_N])
     _plain_numbers(axes)
     if len(series) > 1:
         charts._legend(axes)
@@ -148,7 +151,7 @@ def roofline_chart(
         axes.plot(x_N, roof_N, color=charts._INK, linewidth=1.4, linestyle="--", label="roof")
     axes.set(xscale="log", yscale="log")
     axes.set(xlabel="FLOP for each byte that must move", ylabel="FLOP/s")
-    _widen(axes, [*(roof_N.tolist() if roofed else ()), *(k.speed for k in kernels.values())])
+    _frame(axes, [*(roof_N.tolist() if roofed else ()), *(k.speed for k in kernels.values())])
     axes.xaxis.set_major_locator(LogLocator(numticks=_MOST_TICKS))
     _plain_numbers(axes)
     axes.legend(
@@ -184,11 +187,12 @@ def _colors(count: int) -> list[str]:
     return (own + charts.class_colors(10)[1:3] + charts.class_colors(10)[4:] * count)[:count]
 
 
-def _widen(axes: Axes, values: Sequence[float]) -> None:
-    """Show a whole power of ten at least, so that a logarithmic axis has a number on it."""
-    low, high = min(values), max(values)
-    axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(1.2 * high)))
-    axes.yaxis.set_major_locator(LogLocator(numticks=_MOST_TICKS))
+def _frame(axes: Axes, values: Sequence[float]) -> None:
+    """Show a logarithmic axis over the values, with numbers on it also where it is short."""
+    low, high = min(values) / 1.6, max(values) * 1.6
+    axes.set_ylim(low, high)
+    steps = (1.0,) if high > 1000 * low else (1.0, 2.0, 5.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=2 * _MOST_TICKS))
 
 
 def _plain_numbers(axes: Axes) -> None:
