@@ -24,14 +24,15 @@ import tyro
 from harness import interleaved
 from peer_parts import contenders, parts
 from peer_parts.names import LIGHTLY
-from report_parts.rows import Row, read_rows
+from report_parts.rows import Row, named, read_rows
 
 RESULTS = Path(__file__).with_name("results")
 MOST_LOST = 0.25
 SHORT = parts.Settings(
     rounds=2, seconds=0.8, calls=7, steps=6, limit_seconds=6.0, only=(LIGHTLY,)
 )  # fmt: skip
-TRAINER, LARS = "bare loop / trainer", "triad / LARS, resnet50"
+MODEL = "resnet50"  # whose LARS is looked at
+TRAINER, LARS = "bare loop / trainer", f"triad / LARS, {MODEL}"
 
 Ratios = dict[str, float]
 
@@ -72,25 +73,31 @@ def of_peers(rows: list[Row]) -> Ratios:
     return found
 
 
-def of_trainer(blocks: list[tuple[float, float]]) -> Ratios:
-    """Return the share of a step that is the bare loop's, from blocks of both."""
-    return {TRAINER: statistics.median(bare / ours for ours, bare in blocks)}
+def share(rows: list[Row], part: str, whole: str) -> float:
+    """Return the share of one variant's time in another's: the median of those within a round."""
+    seconds = {row["variant"]: row["seconds"] for row in rows}
+    pairs = zip(seconds[part], seconds[whole], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def of_trainer(rows: list[Row]) -> Ratios:
+    """Return the share of a step that is the bare loop's, from rows of ``trainer.py``."""
+    return {TRAINER: share(rows, "bare loop", "trainer")}
 
 
 def of_lars(rows: list[Row]) -> Ratios:
-    """Return the share of a step of LARS on ResNet-50 that memory needs."""
-    seconds = {row["what"]: row["seconds"] for row in rows if row.get("model") == "resnet50"}
-    pairs = zip(seconds[lars.TRIAD], seconds["fastclr"], strict=True)
-    return {LARS: statistics.median(triad / ours for triad, ours in pairs)}
+    """Return the share of a step of LARS that memory needs, from rows of one model."""
+    return {LARS: share(rows, lars.TRIAD, "fastclr")}
 
 
 def checked_in(folder: Path) -> Ratios:
     """Return the ratios that lie in a folder of results; a file that is missing has none."""
     found = of_peers(read_rows(folder / "peers.jsonl"))
-    if blocks := [row["blocks"] for row in read_rows(folder / "trainer.jsonl") if "blocks" in row]:
-        found |= of_trainer(blocks[0])
-    if rows := [row for row in read_rows(folder / "lars.jsonl") if "what" in row]:
-        found |= of_lars(rows)
+    if blocks := named(read_rows(folder / "trainer.jsonl"), "ten steps"):
+        found |= of_trainer(blocks)
+    steps = named(read_rows(folder / "lars.jsonl"), "optimizer step")
+    if steps := [row for row in steps if row["sizes"]["model"] == MODEL]:
+        found |= of_lars(steps)
     return found
 
 
@@ -111,19 +118,17 @@ def _work(side: int, folder: Path) -> contenders.Work:
 def run_trainer(folder: Path) -> Ratios:
     """Measure two blocks of trainer and bare loop."""
     with tempfile.TemporaryDirectory(dir=folder) as runs:
-        return of_trainer(trainer.overhead(contenders.small_images(), 2, Path(runs)))
+        blocks = trainer.overhead(contenders.small_images(), 2, Path(runs))
+    return of_trainer(trainer.measurements(blocks, [], contenders.small_images()))
 
 
 def run_lars(folder: Path) -> Ratios:
     """Measure our LARS and the triad."""
-    sizes = lars.shapes("resnet50")
+    sizes = lars.shapes(MODEL)
     steps = {"fastclr": lars.ours(lars.groups(sizes))}
     steps |= lars.floors(sum(size.numel() for size in sizes))
-    seconds = interleaved(steps, 9)
-    return of_lars([
-        {"model": "resnet50", "what": name, "seconds": values}
-        for name, values in lars.whole_triads(seconds).items()
-    ])  # fmt: skip
+    seconds = lars.whole_triads(interleaved(steps, 9))
+    return of_lars([{"variant": name, "seconds": values} for name, values in seconds.items()])
 
 
 GUARDS: dict[str, Callable[[Path], Ratios]] = {

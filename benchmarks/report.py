@@ -29,6 +29,7 @@ SECTIONS: tuple[Callable[[Mapping[str, Sequence[Row]]], Section], ...] = (
     sections.scaling,
     sections.beside_others,
     sections.costs,
+    sections.trainer,
     kernels.loss,
     kernels.optimizer,
     kernels.roofline,

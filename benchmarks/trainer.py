@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import tyro
-from harness import facts, write_rows
+from harness import facts, measurement, write_rows
 from peer_parts import ours, simclr
 
 from fastclr import losses
@@ -121,6 +121,25 @@ def end_to_end(config: Config, rounds: int, steps: int, folder: Path) -> list[di
     return [{"what": name, "images_per_second": values} for name, values in speeds.items()]
 
 
+def measurements(
+    blocks: list[tuple[float, float]], rows: list[dict[str, Any]], config: Config
+) -> list[dict[str, Any]]:
+    """Return the results as rows, with the seconds of every block or round."""
+    batch_size = config.global_batch_size or 0
+    sizes = {"batch": batch_size, "side": config.views.size, "encoder": config.encoder.name}
+    of_blocks = {"trainer": [ours for ours, _ in blocks], "bare loop": [bare for _, bare in blocks]}
+    found = [
+        {**measurement("ten steps", variant, seconds, sizes=sizes, images=BLOCK * batch_size,
+                       warm_ups=1), "seconds": seconds}
+        for variant, seconds in of_blocks.items()
+    ]  # fmt: skip
+    for row in rows:
+        seconds = [batch_size / speed for speed in row["images_per_second"]]
+        one = measurement("files to weights", row["what"], seconds, sizes=sizes, images=batch_size)
+        found.append({**one, "seconds": seconds})
+    return found
+
+
 def page(blocks: list[tuple[float, float]], rows: list[dict[str, Any]], config: Config) -> str:
     """Return the results as Markdown."""
     about = facts()
@@ -179,7 +198,7 @@ def main(
     text = page(pairs, rows, config)
     before = out.read_text(encoding="utf-8").partition(HEADING)[0] if out.exists() else ""
     write_durably(out, f"{before}{HEADING}\n{text}")
-    write_rows(out.with_suffix(".jsonl"), [{"facts": facts(), "blocks": pairs}, *rows])
+    write_rows(out.with_suffix(".jsonl"), measurements(pairs, rows, config))
     print(text)
 
 

@@ -21,7 +21,7 @@ from pipelines.photos import write_photo_tiles
 from pipelines.writer import write_shards
 
 BENCHMARKS = Path(__file__).parents[1]
-BATCH, MICRO_BATCH, STEPS = 4096, 256, 2
+BATCH, MICRO_BATCH, STEPS = 4096, 256, 1
 ACCUMULATION = {
     "train_batch_size": BATCH,
     "train_micro_batch_size_per_gpu": MICRO_BATCH,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 
 from fastclr.report.curves import Kernel, curve_chart, roofline_chart
-from report_parts.rows import NO_GPU, Row, facts_of, on_gpu
+from report_parts.rows import NO_GPU, Row, facts_of, named, on_gpu
 from report_parts.section import Picture, Section, Table
-from report_parts.sections import FILES, Series, processor_of
+from report_parts.sections import FILES, Series, processor_of, where
 
 LARS, TRIAD = "fastclr", "floor: memory, by a triad"
 # Of a weight in a step of LARS: w and g for the norms, then w, g and v read, w and v written; and
@@ -78,29 +77,18 @@ def _time_and_memory(row: Row | None) -> str:
 
 def optimizer(files: Mapping[str, Sequence[Row]]) -> Section:
     """A step of LARS beside others' and the floors."""
-    rows = [row for row in files["lars.jsonl"] if "what" in row]
+    rows = named(files["lars.jsonl"], "optimizer step")
     if not rows:
         return Section("The optimizer", [f"**Not measured yet**: `{FILES['lars.jsonl'].command}`."])
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models = {row["sizes"]["model"]: row["sizes"]["parameters"] for row in rows}
     lines = []
-    for what in dict.fromkeys(row["what"] for row in rows):
-        at = {row["model"]: row for row in rows if row["what"] == what}
-        cells = [
-            f"{1e3 * statistics.median(at[m]['seconds']):.1f}" if m in at else "" for m in models
-        ]
-        lines.append((what, *cells))
-    first = files["lars.jsonl"][0]
-    text = (
-        f"Milliseconds of a step, medians; {processor_of(first)}, "
-        f"{facts_of(first)['measured'][:10]}; GPU: {on_gpu(files['lars.jsonl'])}. More in "
-        "[lars.md](lars.md)."
-    )
-    header = ("", *(f"{m}, {_parameters(rows, m) / 1e6:.1f} M" for m in models))
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        at = {row["sizes"]["model"]: row for row in rows if row["variant"] == variant}
+        cells = [f"{1e3 * at[m]['p50_seconds']:.1f}" if m in at else "" for m in models]
+        lines.append((variant, *cells))
+    text = f"Milliseconds of a step, medians. {where(rows)} More in [lars.md](lars.md)."
+    header = ("", *(f"{model}, {count / 1e6:.1f} M" for model, count in models.items()))
     return Section("The optimizer", [text], tables=[("", Table(header, lines))])
-
-
-def _parameters(rows: Sequence[Row], model: str) -> int:
-    return next(row["parameters"] for row in rows if row["model"] == model)
 
 
 def roofline(files: Mapping[str, Sequence[Row]]) -> Section:
@@ -143,16 +131,15 @@ def _points(
     kernels: Machines = {}
     bandwidths: dict[str, float] = {}
     peaks: dict[str, float] = {}
-    rows = [row for row in files["lars.jsonl"] if "what" in row]
-    machine = _machine(files["lars.jsonl"][0]) if rows else ""
-    for row in rows:
-        moved = LARS_BYTES * row["parameters"] / statistics.median(row["seconds"])
-        if row["what"] == TRIAD:
+    for row in named(files["lars.jsonl"], "optimizer step"):
+        machine = _machine(row)
+        moved = LARS_BYTES * row["sizes"]["parameters"] / row["p50_seconds"]
+        if row["variant"] == TRIAD:
             bandwidths[machine] = max(moved, bandwidths.get(machine, 0.0))
-        elif row["what"] == LARS:
+        elif row["variant"] == LARS:
             intensity = LARS_FLOP / LARS_BYTES
             point = Kernel(intensity, moved * intensity)
-            kernels.setdefault(machine, {})[f"LARS, {row['model']}"] = point
+            kernels.setdefault(machine, {})[f"LARS, {row['sizes']['model']}"] = point
     for device in ("cpu", "cuda"):
         measured = [row for row in files[f"nt_xent_{device}.jsonl"] if row.get("products_ms")]
         for row in measured:

@@ -176,7 +176,12 @@ def beside_others(files: Mapping[str, Sequence[Row]]) -> Section:
         svg = bar_chart(f"peers-{side}", speeds, label="images/s")
         caption = f"Files to weights at {side} pixels, images/s."
         pictures.append(Picture(f"peers-{side}", svg, caption))
-    return section._replace(text=[*section.text, _where(rows)], pictures=pictures)
+    return section._replace(text=[*section.text, where(rows)], pictures=pictures)
+
+
+def trainer(files: Mapping[str, Sequence[Row]]) -> Section:
+    """The trainer beside a bare loop."""
+    return _section("The trainer", "trainer.jsonl", files["trainer.jsonl"], [])
 
 
 def curves(rows: Sequence[Row], key: str) -> Series:
@@ -206,7 +211,7 @@ def _section(title: str, name: str, rows: Sequence[Row], pictures: Sequence[Pict
     names = dict.fromkeys(row["name"] for row in rows)
     by_name = [[row for row in rows if row["name"] == of_name] for of_name in names]
     tables = [(heading(group), table(group)) for group in by_name]
-    return Section(title, [_where(rows)], pictures, tables)
+    return Section(title, [where(rows)], pictures, tables)
 
 
 def heading(rows: Sequence[Row]) -> str:
@@ -222,7 +227,7 @@ def _sizes(rows: Sequence[Row], *, varying: bool) -> list[str]:
     return [key for key in keys if (len(values[key]) > 1) is varying]
 
 
-def _where(rows: Iterable[Row]) -> str:
+def where(rows: Iterable[Row]) -> str:
     """Say where rows were measured, and that no GPU was there, if so."""
     rows = list(rows)
     places = dict.fromkeys(

@@ -165,9 +165,9 @@ def test_the_size_that_varies(part: Import) -> None:
 def test_the_roofline_is_that_of_the_rows(part: Import) -> None:
     hardware = {"hardware": {"device": "cpu", "processor": "Abacus", "cores": 2}}
     lars = [
-        {"facts": hardware},
-        *({"model": "m", "parameters": 1000, "what": what, "seconds": [seconds]}
-          for what, seconds in (("fastclr", 2.0), ("floor: memory, by a triad", 1.0))),
+        {"name": "optimizer step", "variant": variant, "p50_seconds": seconds,
+         "sizes": {"model": "m", "parameters": 1000}, **hardware}
+        for variant, seconds in (("fastclr", 2.0), ("floor: memory, by a triad", 1.0))
     ]  # fmt: skip
     loss = {
         "implementation": "blocked", "num_images": 10, "dim": 4, "products_ms": 2.0,
