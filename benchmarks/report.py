@@ -24,7 +24,6 @@ from fastclr.report.template import Markup
 RESULTS = Path(__file__).with_name("results")
 TITLE = "Benchmarks"
 SECTIONS: tuple[Callable[[Mapping[str, Sequence[Row]]], Section], ...] = (
-    sections.overview,
     sections.throughput,
     sections.scaling,
     sections.beside_others,
@@ -42,6 +41,13 @@ def read_all(folder: Path) -> dict[str, list[Row]]:
     return {name: read_rows(folder / name) for name in dict.fromkeys(names)}
 
 
+def read_pages(folder: Path) -> dict[str, str]:
+    """Return the first heading of every other page in the folder, by its name."""
+    pages = sorted(set(folder.glob("*.md")) - {folder / "REPORT.md"})
+    first = {page.name: page.read_text(encoding="utf-8").partition("\n")[0] for page in pages}
+    return {name: line.lstrip("# ") for name, line in first.items()}
+
+
 def lead(files: Mapping[str, Sequence[Row]]) -> str:
     """Return what the page is, in two sentences."""
     gpus = [d for rows in files.values() for d in devices(rows) if d != "cpu"]
@@ -52,7 +58,7 @@ def lead(files: Mapping[str, Sequence[Row]]) -> str:
 def write(folder: Path) -> list[Path]:
     """Write both pages and the pictures of the first; return what was written."""
     files = read_all(folder)
-    made = [section(files) for section in SECTIONS]
+    made = [sections.overview(files, read_pages(folder)), *(make(files) for make in SECTIONS)]
     pictures = folder / PICTURES
     pictures.mkdir(exist_ok=True)
     written = []

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from nt_xent import PeakMemory
 
+from fastclr.facts import num_cores
 from peer_parts import contenders, ours, simclr
 from peer_parts.names import LIGHTLY, OURS
 from pipelines import ShardSet, SimCLRPolicy
@@ -52,10 +53,10 @@ def ours_at(folder: Path) -> None:
 
 
 def lightly_at(folder: Path) -> None:
-    """Train lightly's SimCLR from the folder of images, with one worker beside the process."""
+    """Train lightly's SimCLR from the folder of images, with a worker a core."""
     config = replace(contenders.small_images(), global_batch_size=BATCH)
     images = folder / "images" / "train"
-    simclr.lightly_seconds_per_step(images, config, 1, warm_up=1, steps=STEPS)
+    simclr.lightly_seconds_per_step(images, config, num_cores(), warm_up=1, steps=STEPS)
 
 
 TRAININGS: dict[str, Callable[[Path], None]] = {

@@ -29,11 +29,11 @@ def loss(files: Mapping[str, Sequence[Row]]) -> Section:
                 f"On {device}: {NO_GPU if device == 'cuda' else 'not measured yet'}; {command}."
             )
             continue
-        dim = rows[0]["dim"]
+        dim, page = rows[0]["dim"], name.replace(".jsonl", ".md")
         rows = sorted((row for row in rows if row["dim"] == dim), key=lambda row: row["num_images"])
         text.append(
             f"On {device}: forward and backward, fp32, D = {dim}, {processor_of(rows[0])}, "
-            f"{rows[0]['measured'][:10]}; more in [{FILES[name].page}]({FILES[name].page})."
+            f"{rows[0]['measured'][:10]}; more in [{page}]({page})."
         )
         for key, label in (("median_ms", "ms"), ("extra_mib", "MiB above what was held")):
             slug = f"loss-{device}-{key.replace('_', '-')}"

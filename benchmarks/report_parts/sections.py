@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from peer_parts import page as peers
@@ -28,37 +29,22 @@ class File(NamedTuple):
     Attributes:
         command: What writes them.
         what: What they are about.
-        page: Page of its own beside the rows; empty for none.
     """
 
     command: str
     what: str
-    page: str = ""
 
 
 FILES = {
     "throughput.jsonl": File("python benchmarks/throughput.py", "where a step's time goes; tuning"),
     "scaling.jsonl": File("python benchmarks/scaling.py", "more ranks"),
     "peers.jsonl": File("python benchmarks/peers.py", "beside others"),
-    "curves.jsonl": File("python benchmarks/scaling.py", "cost by batch, shards and samples"),
-    "nt_xent_cpu.jsonl": File("python benchmarks/nt_xent.py", "the loss on CPUs", "nt_xent_cpu.md"),
-    "nt_xent_cuda.jsonl": File(
-        "python benchmarks/nt_xent.py --device cuda", "the loss on a GPU", "nt_xent_cuda.md"
-    ),
-    "lars.jsonl": File("python benchmarks/lars.py", "a step of LARS", "lars.md"),
-    "trainer.jsonl": File(
-        "python benchmarks/trainer.py", "the trainer beside a bare loop", "trainer.md"
-    ),
-    "data_plane.jsonl": File(
-        "python benchmarks/data_plane.py", "views by every back-end", "data_plane.md"
-    ),
-}
-PAGES = {
-    "kernels_aot.md": "Triton kernels compiled for GPUs, without one: registers, spills",
-    "kernels_notes.md": "what did not work with them",
-    "nt_xent_gradients.md": "what other losses do to the gradient",
-    "trainer_matrix.md": "every engine beside one process",
-    "cpu_pilots.md": "pilots behind the recipe for a CPU",
+    "curves.jsonl": File("python benchmarks/curves.py", "cost by batch, shards and samples"),
+    "nt_xent_cpu.jsonl": File("python benchmarks/nt_xent.py", "the loss on CPUs"),
+    "nt_xent_cuda.jsonl": File("python benchmarks/nt_xent.py --device cuda", "the loss on a GPU"),
+    "lars.jsonl": File("python benchmarks/lars.py", "a step of LARS"),
+    "trainer.jsonl": File("python benchmarks/trainer.py", "the trainer beside a bare loop"),
+    "data_plane.jsonl": File("python benchmarks/data_plane.py", "views by every back-end"),
 }
 
 # Columns that have a place of their own in a table, or none.
@@ -69,8 +55,13 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def overview(files: Mapping[str, Sequence[Row]]) -> Section:
-    """Say what was measured, when, and on what; what is missing, and what no GPU has run."""
+def overview(files: Mapping[str, Sequence[Row]], pages: Mapping[str, str]) -> Section:
+    """Say what was measured, when, and on what; what is missing, and what no GPU has run.
+
+    Args:
+        files: Rows by the name of their file.
+        pages: Titles of other pages beside the rows, by their names.
+    """
     lines = []
     for name, rows in files.items():
         file = FILES.get(name, File("", "other rows"))
@@ -88,15 +79,13 @@ def overview(files: Mapping[str, Sequence[Row]]) -> Section:
         )
     header = ("rows", "about", "processor", "GPU", "measured", "command")
     text = [
-        "Every number below was measured, on the machine and day of its row; nothing is estimated "
-        "where it does not say so. Ratios are taken within one run, with everyone in turn.",
+        "Every number below was measured, on the machine and day of its row, but for what is called "
+        "a forecast. Ratios are taken within one run, with everyone in turn.",
     ]
-    others = [(f"[{page}]({page})", what) for page, what in PAGES.items()]
-    pages = [(f"[{f.page}]({f.page})", f.what) for n, f in FILES.items() if f.page and files.get(n)]
-    tables = [
-        ("", Table(header, lines)),
-        ("Pages of their own", Table(("page", "about"), pages + others)),
-    ]
+    tables = [("", Table(header, lines))]
+    if pages:
+        links = [(f"[{name}]({name})", title) for name, title in pages.items()]
+        tables.append(("Pages of their own", Table(("page", "about"), links)))
     return Section("What was measured", text, tables=tables)
 
 
@@ -126,38 +115,75 @@ def throughput(files: Mapping[str, Sequence[Row]]) -> Section:
 
 
 def scaling(files: Mapping[str, Sequence[Row]]) -> Section:
-    """Images a second by number of ranks."""
+    """Images a second by number of ranks, and what a model says of more of them."""
     rows = files["scaling.jsonl"]
-    pictures = []
-    for name in ("weak scaling", "strong scaling", "communication"):
-        of_name = named(rows, name)
-        key = "images_per_second" if all(r["images_per_second"] for r in of_name) else "p50_seconds"
-        if series := curves(of_name, key):
-            y_label = "images/s" if key == "images_per_second" else "seconds"
-            x_label = size_that_varies(of_name) or ""
-            slug = name.replace(" ", "-")
-            svg = curve_chart(slug, series, x_label=x_label, y_label=y_label)
-            pictures.append(Picture(slug, svg, f"{name.capitalize()}: {y_label} by {x_label}."))
-    return _section("More ranks", "scaling.jsonl", rows, pictures)
+    drawn = [*weak_and_strong(rows), *(row for row in rows if row.get("name") != "scaling")]
+    return _section("More ranks", "scaling.jsonl", rows, drawings(drawn, "images_per_second"))
+
+
+def weak_and_strong(rows: Sequence[Row]) -> list[Row]:
+    """Return measured worlds as weak and strong scaling, each with the model's beside it.
+
+    Worlds that are only there for the model, and other ZeRO stages and exchanges, are left out.
+    """
+    plain = {"stage": 0, "exchange": "gather", "worlds": 1}
+    worlds = [
+        row for row in named(rows, "scaling")
+        if all(row["sizes"].get(key, value) == value for key, value in plain.items())
+    ]  # fmt: skip
+    found: list[Row] = []
+    for one in (row for row in worlds if row["sizes"]["ranks"] == 1):
+        images = one["sizes"]["images"]
+        weak = [row for row in worlds if row["sizes"]["images"] == images]
+        strong = [row for row in worlds if row["sizes"]["images"] * row["sizes"]["ranks"] == images]
+        for kind, group in (("weak", weak), ("strong", strong)):
+            if len(group) > 1:
+                found += [row | {"variant": kind} for row in group]
+                found += [
+                    _by_model(row, f"{kind}, model") for row in group if "model_seconds" in row
+                ]
+    return found
+
+
+def _by_model(row: Row, variant: str) -> Row:
+    images = row["sizes"]["images"] * row["sizes"]["ranks"]
+    return row | {"variant": variant, "images_per_second": images / row["model_seconds"]}
 
 
 def costs(files: Mapping[str, Sequence[Row]]) -> Section:
     """What a step, a read and a start cost as everything grows."""
     rows = files["curves.jsonl"]
-    pictures = []
-    for name, key, y_label in (
-        ("step", "p50_seconds", "seconds a step"),
-        ("read", "p50_seconds", "seconds a read"),
-        ("open", "p50_seconds", "seconds to open"),
-        ("open", "peak_bytes", "peak bytes"),
-    ):
-        of_name = named(rows, name)
-        if series := curves(of_name, key):
-            slug = f"{name}-{key.replace('_', '-')}"
-            x_label = size_that_varies(of_name) or ""
-            svg = curve_chart(slug, series, x_label=x_label, y_label=y_label)
-            pictures.append(Picture(slug, svg, f"{y_label.capitalize()} by {x_label}."))
+    pictures = drawings(rows, "p50_seconds") + drawings(rows, "peak_bytes")
     return _section("What growth costs", "curves.jsonl", rows, pictures)
+
+
+# What curves are drawn over; for other names, the size that most distinguishes their rows.
+OVER = {
+    "scaling": "ranks", "collective": "num_bytes", "step": "batch", "read": "shards",
+    "start-up": "samples",
+}  # fmt: skip
+UNITS = {"images_per_second": "images/s", "p50_seconds": "seconds", "peak_bytes": "peak bytes"}
+
+
+def drawings(rows: Sequence[Row], wanted: str) -> list[Picture]:
+    """Draw each name's rows over their size.
+
+    Args:
+        rows: Of one file.
+        wanted: Key of :data:`UNITS` that is drawn; seconds where rows have no images a second.
+    """
+    found = []
+    for name in dict.fromkeys(row["name"] for row in rows if "name" in row):
+        of_name = [row for row in rows if row["name"] == name]
+        has_rate = any(row.get("images_per_second") for row in of_name)
+        key = "p50_seconds" if wanted == "images_per_second" and not has_rate else wanted
+        size = OVER.get(name) or size_that_varies(of_name)
+        if size and (series := curves(of_name, key, size)):
+            slug = re.sub(r"\W+", "-", f"{name} {UNITS[key]}")
+            x_label = size.replace("_", " ")
+            svg = curve_chart(slug, series, x_label=x_label, y_label=UNITS[key])
+            found.append(Picture(slug, svg, f"{name.capitalize()}: {UNITS[key]} by {x_label}."))
+    return found
 
 
 def beside_others(files: Mapping[str, Sequence[Row]]) -> Section:
@@ -184,20 +210,15 @@ def trainer(files: Mapping[str, Sequence[Row]]) -> Section:
     return _section("The trainer", "trainer.jsonl", files["trainer.jsonl"], [])
 
 
-def curves(rows: Sequence[Row], key: str) -> Series:
-    """Return a curve for each variant of rows that have a value, over the size that varies."""
-    rows = [row for row in rows if row.get(key)]
-    size = size_that_varies(rows)
-    if size is None:
-        return {}
+def curves(rows: Sequence[Row], key: str, size: str) -> Series:
+    """Return a curve for each variant of rows that have a value, over a size; {} for one place."""
+    rows = [row for row in rows if row.get(key) and row["sizes"].get(size)]
     found: Series = {}
-    for row in sorted(
-        (row for row in rows if size in row["sizes"]), key=lambda r: r["sizes"][size]
-    ):
+    for row in sorted(rows, key=lambda row: row["sizes"][size]):
         x_N, y_N = found.setdefault(row["variant"], ([], []))
         x_N.append(row["sizes"][size])
         y_N.append(row[key])
-    return found
+    return found if len({row["sizes"][size] for row in rows}) > 1 else {}
 
 
 def _section(title: str, name: str, rows: Sequence[Row], pictures: Sequence[Picture]) -> Section:
@@ -242,20 +263,29 @@ def where(rows: Iterable[Row]) -> str:
 def table(rows: Sequence[Row]) -> Table:
     """Return rows of one name as a table: sizes, times, and every other plain value they carry."""
     sizes = _sizes(rows, varying=True)
-    extras = list(dict.fromkeys(
-        key for row in rows for key, value in row.items()
-        if key not in _KNOWN and isinstance(value, bool | int | float | str)
-    ))  # fmt: skip
-    columns: list[tuple[str, Callable[[Row], Any]]] = [
-        *((key, lambda row, key=key: row["sizes"].get(key)) for key in sizes),
-        ("ms (20 to 80 %)", _milliseconds),
-        ("images/s", lambda row: row.get("images_per_second")),
-        ("peak MiB", lambda row: row["peak_bytes"] / 2**20 if row.get("peak_bytes") else None),
-        *((key.replace("_", " "), lambda row, key=key: row.get(key)) for key in extras),
-    ]
-    columns = [(head, cell) for head, cell in columns if any(cell(row) is not None for row in rows)]
-    lines = [(row["variant"], *(_cell(cell(row)) for _, cell in columns)) for row in rows]
-    return Table(("", *(head for head, _ in columns)), lines)
+    extras = [_flat({k: v for k, v in row.items() if k not in _KNOWN}) for row in rows]
+    columns: dict[str, list[Any]] = {key: [row["sizes"].get(key) for row in rows] for key in sizes}
+    columns["ms (20 to 80 %)"] = [_milliseconds(row) for row in rows]
+    columns["images/s"] = [row.get("images_per_second") for row in rows]
+    peaks = [row.get("peak_bytes") for row in rows]
+    columns["peak MiB"] = [peak / 2**20 if peak else None for peak in peaks]
+    for key in dict.fromkeys(key for extra in extras for key in extra):
+        columns[key.replace("_", " ")] = [extra.get(key) for extra in extras]
+    shown = {head: cells for head, cells in columns.items() if any(c is not None for c in cells)}
+    lines = zip(*([_cell(cell) for cell in cells] for cells in shown.values()), strict=True)
+    named_lines = [(row["variant"], *line) for row, line in zip(rows, lines, strict=True)]
+    return Table(("", *shown), named_lines)
+
+
+def _flat(values: Mapping[str, Any]) -> Row:
+    """Return the plain values, those of nested mappings under both names; lists are left out."""
+    found: Row = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}: {name}": inner for name, inner in _flat(value).items()}
+        elif isinstance(value, bool | int | float | str):
+            found[key] = value
+    return found
 
 
 def _milliseconds(row: Row) -> str | None:

@@ -43,6 +43,14 @@ def row(name: str, variant: str, seconds: float, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def world(ranks: int, images: int, seconds: float, **more: Any) -> dict[str, Any]:
+    """Return a row of scaling.py."""
+    own = {key: more.pop(key) for key in ("stage", "worlds") if key in more}
+    sizes = {"ranks": ranks, "images": images, "stage": 0, "exchange": "gather", "worlds": 1} | own
+    more["images_per_second"] = ranks * images / seconds
+    return row("scaling", f"{ranks} x {images}", seconds, sizes=sizes, **more)
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
 
@@ -58,13 +66,18 @@ def planted(folder: Path) -> None:
         row("stage", "encoder <forward>", 0.04, **exposed | {"alone_images_per_second": 1500.0}),
         row("tuned", "after", 0.03), trial,
     ])  # fmt: skip
+    exposed = {"exposed_seconds": {"loss": {"transfer": 0.0625}}, "efficiency": 0.875}
+    forecast = {"name": "forecast, not measured", "variant": "8 a node", "images_per_second": 9e5}
     write_rows(folder / "scaling.jsonl", [
-        row(name, "measured", 0.1 * ranks, sizes={"ranks": ranks}, efficiency=0.875)
-        for name in ("weak scaling", "strong scaling", "communication") for ranks in (1, 2)
+        world(1, 64, 0.1), world(2, 64, 0.11, model_seconds=0.12, **exposed), world(2, 32, 0.06),
+        world(2, 64, 0.2, stage=3), world(1, 64, 0.15, worlds=2),
+        *(forecast | {"sizes": {"ranks": ranks}} for ranks in (8, 16)),
+        *(row("collective", "all_reduce", 1e-9 * n, sizes={"num_bytes": n}, images_per_second=None)
+          for n in (8, 800)),
     ])  # fmt: skip
     write_rows(folder / "curves.jsonl", [
         row(name, "fastclr", 0.1 * size, sizes={key: size}, peak_bytes=size * 10**6)
-        for name, key in (("step", "batch"), ("read", "shards"), ("open", "samples"))
+        for name, key in (("step", "batch"), ("read", "shards"), ("start-up", "samples"))
         for size in (100, 1000)
     ])  # fmt: skip
     peer = {"ratio": 1.0, "configuration": "as it comes"}
@@ -80,6 +93,7 @@ def results(part: Import, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of every kind, with both pages, and a picture of an older page."""
     folder = tmp_path_factory.mktemp("results")
     planted(folder)
+    (folder / "other.md").write_text("# Another page\n\nof numbers\n")
     (folder / "report").mkdir()
     (folder / "report" / "of-yesterday.svg").write_text("<svg/>")
     part("report").write(folder)
@@ -90,9 +104,12 @@ def test_every_kind_of_rows_is_shown(results: Path) -> None:
     page, html = ((results / name).read_text() for name in ("REPORT.md", "REPORT.html"))
     for text in (page, html):
         assert "31,234" in text and "out of memory" in text and "0.875" in text
+        assert "exposed seconds: loss: transfer" in text and "0.0625" in text
         assert "2.34" in text and "as it comes" in text and "4,726.9" in text
     assert "| encoder <forward> | 40 (20 to 80) | 1,600 | 0.004 | 0.001 | 1,500 |" in page
     assert "encoder &lt;forward&gt;" in html and "<forward>" not in html
+    assert "| [other.md](other.md) | Another page |" in page
+    assert '<a href="other.md">other.md</a>' in html
     # Two machines measured the loss and LARS: their roofs are not drawn together.
     assert "Roofline of 2 cores of AMD EPYC" in page and "Roofline of 2 cores of Intel" in page
 
@@ -101,8 +118,9 @@ def test_every_kind_of_rows_is_drawn(results: Path) -> None:
     page, html = ((results / name).read_text() for name in ("REPORT.md", "REPORT.html"))
     names = {path.stem for path in (results / "report").iterdir()}
     assert names >= {
-        "stages", "stage-times", "weak-scaling", "strong-scaling", "communication", "peers-32",
-        "step-p50-seconds", "read-p50-seconds", "open-p50-seconds", "open-peak-bytes",
+        "stages", "stage-times", "scaling-images-s", "forecast-not-measured-images-s",
+        "collective-seconds", "peers-32", "step-seconds", "read-seconds", "start-up-seconds",
+        "start-up-peak-bytes",
         "loss-cpu-median-ms", "loss-cpu-extra-mib", "roofline-0", "roofline-1",
     }  # fmt: skip
     assert "of-yesterday" not in names
@@ -149,6 +167,23 @@ def test_a_damaged_line_is_named(part: Import, tmp_path: Path) -> None:
     (tmp_path / "curves.jsonl").write_text('{"name": "step"}\n{"name": \n')
     with pytest.raises(ValueError, match=r"curves\.jsonl, line 2"):
         part("report").write(tmp_path)
+
+
+def test_weak_and_strong_scaling_are_told_apart(part: Import) -> None:
+    """Other stages, exchanges and worlds beside each other are neither."""
+    rows = [
+        world(1, 64, 0.1), world(2, 64, 0.125, model_seconds=0.128), world(2, 32, 0.0625),
+        world(2, 64, 0.5, stage=3), world(1, 64, 0.15, worlds=2),
+    ]  # fmt: skip
+    found = part("report_parts.sections").weak_and_strong(rows)
+    speeds: dict[str, list[tuple[int, float]]] = {}
+    for one in found:
+        speed = (one["sizes"]["ranks"], one["images_per_second"])
+        speeds.setdefault(one["variant"], []).append(speed)
+    assert speeds == {
+        "weak": [(1, 640), (2, 1024)], "weak, model": [(2, 1000)],
+        "strong": [(1, 640), (2, 1024)],
+    }  # fmt: skip
 
 
 def test_the_size_that_varies(part: Import) -> None:
