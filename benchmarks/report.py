@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import tyro
-from report_parts import kernels, sections
+from report_parts import growth, kernels, sections
 from report_parts.rows import Row, devices, read_rows
 from report_parts.section import PICTURES, STYLE, Section, html, markdown
 
@@ -25,9 +25,9 @@ RESULTS = Path(__file__).with_name("results")
 TITLE = "Benchmarks"
 SECTIONS: tuple[Callable[[Mapping[str, Sequence[Row]]], Section], ...] = (
     sections.throughput,
-    sections.scaling,
+    growth.scaling,
     sections.beside_others,
-    sections.costs,
+    growth.costs,
     sections.trainer,
     kernels.loss,
     kernels.optimizer,

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fastclr.report.curves import Kernel, curve_chart, roofline_chart
+from report_parts.growth import Series
 from report_parts.rows import NO_GPU, Row, facts_of, named, on_gpu
 from report_parts.section import Picture, Section, Table
-from report_parts.sections import FILES, Series, processor_of, where
+from report_parts.sections import FILES, processor_of, where
 
 LARS, TRIAD = "fastclr", "floor: memory, by a triad"
 # Of a weight in a step of LARS: w and g for the norms, then w, g and v read, w and v written; and

@@ -175,7 +175,7 @@ def test_weak_and_strong_scaling_are_told_apart(part: Import) -> None:
         world(1, 64, 0.1), world(2, 64, 0.125, model_seconds=0.128), world(2, 32, 0.0625),
         world(2, 64, 0.5, stage=3), world(1, 64, 0.15, worlds=2),
     ]  # fmt: skip
-    found = part("report_parts.sections").weak_and_strong(rows)
+    found = part("report_parts.growth").weak_and_strong(rows)
     speeds: dict[str, list[tuple[int, float]]] = {}
     for one in found:
         speed = (one["sizes"]["ranks"], one["images_per_second"])
