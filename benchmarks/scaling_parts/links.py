@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -48,9 +49,7 @@ def measure(
     multiprocessing.start_processes(
         _be, (ranks, slots, path, sizes, repeats), ranks, start_method="fork"
     )
-    rows = [line.split() for line in path.with_suffix(".txt").read_text().splitlines()]
-    kinds = {kind: kind for kind in KINDS}
-    return [Timed(kinds[kind], int(n), ranks, float(s)) for kind, n, s in rows]  # type: ignore[index]
+    return [Timed(*row) for row in json.loads(path.with_suffix(".json").read_text())]
 
 
 def fit(found: Sequence[Timed]) -> Link:
@@ -92,24 +91,24 @@ def _be(
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", init_method=f"file://{path}", rank=rank, world_size=ranks
     )
-    lines = []
+    rows: list[Timed] = []
     for num_bytes in sizes:
-        mine = torch.ones(num_bytes // 4, device=device)
+        mine = torch.zeros(num_bytes // 4, device=device)
         everyone = list(torch.empty(ranks, len(mine), device=device))
         calls = {
-            "all_reduce": lambda mine=mine: dist.all_reduce(mine.zero_()),
+            "all_reduce": lambda mine=mine: dist.all_reduce(mine),
             "all_gather": lambda mine=mine, everyone=everyone: dist.all_gather(everyone, mine),
         }
         for kind in KINDS:
             seconds = [_seconds(calls[kind]) for _ in range(repeats + 2)][2:]
-            lines.append(f"{kind} {num_bytes} {median(seconds)}\n")
+            rows.append(Timed(kind, num_bytes, ranks, median(seconds)))
     if rank == 0:
-        path.with_suffix(".txt").write_text("".join(lines))
+        path.with_suffix(".json").write_text(json.dumps(rows))
     dist.barrier()
     os._exit(0)
 
 
-def _seconds(call) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     before = time.perf_counter()
