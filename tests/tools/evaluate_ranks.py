@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,8 @@ from fastclr.interruption import Interruption
 from pipelines.writer import write_shards
 from tests.drills.forks import Ranks, config_of, outcome, small_data
 
-SPEC = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
+FILE = Path(__file__).parents[2] / "tools" / "evaluate.py"
+SPEC = importlib.util.spec_from_file_location("evaluate_tool", FILE)
 assert SPEC and SPEC.loader
 TOOL = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(TOOL)
