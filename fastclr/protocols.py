@@ -348,8 +348,10 @@ def score(subject: Subject, names: Sequence[str], *, again: bool = False) -> dic
         ShardError: If data is damaged.
     """
     chosen = chosen_protocols(names, subject.options)
-    if "linear-joint" not in names and checkpointing.load_probe(subject.checkpoint) is None:
-        chosen.pop("linear-joint", None)  # nothing to score
+    has_probe = checkpointing.load_probe(subject.checkpoint) is not None
+    if "linear-joint" in chosen and "linear-joint" not in names and not has_probe:
+        subject.say("linear-joint: left out, no probe was trained beside this encoder")
+        del chosen["linear-joint"]
     with collectives.together():
         if collectives.rank() == 0:
             _read_entries(subject.run_dir)  # a damaged file is told before hours of work

@@ -319,7 +319,13 @@ def load_run(run_dir: Path) -> Config:
     return Config.from_dict(read_json(run_dir / "config.json")["config"])
 
 
-def evaluate(run_dir: Path, train: str, test: str, say: Say = print) -> dict[str, Any]:
+def evaluate(
+    run_dir: Path,
+    train: str,
+    test: str,
+    say: Say = print,
+    progress: Callable[[int], object] = lambda _: None,
+) -> dict[str, Any]:
     """Score a run's encoder, the same encoder untrained, and raw pixels; write ``scores.json``.
 
     Also writes the test features, ``features/h_test.npy`` and ``label_test.npy``, for the report.
@@ -331,6 +337,7 @@ def evaluate(run_dir: Path, train: str, test: str, say: Say = print) -> dict[str
         train: Labelled data set the probes are fitted on; see :func:`.data_sets.open_data`.
         test: Labelled data set they are scored on.
         say: Told what is being done.
+        progress: Told numbers of images of which this rank has taken features.
 
     Raises:
         ConfigError: If the run has no checkpoint, or the data no labels or other classes.
@@ -350,7 +357,9 @@ def evaluate(run_dir: Path, train: str, test: str, say: Say = print) -> dict[str
     for name, model in {"trained": trained.to(device), "untrained": untrained.to(device)}.items():
         say(f"{name}: features of {len(sets[0])} train and {len(sets[1])} test images")
         features[name] = [
-            evaluations.features_of(model, s, size, cache, layers=("h",), device=device)["h"]
+            evaluations.features_of(
+                model, s, size, cache, layers=("h",), device=device, progress=progress
+            )["h"]
             for s in sets
         ]
     if collectives.rank() > 0:

@@ -19,7 +19,7 @@ from fastclr.engine import device_of
 from fastclr.evaluation import finetune, linear
 from fastclr.evaluation.draws import Int64
 from fastclr.evaluation.features import Features
-from fastclr.evaluation.forgetting import Forgotten
+from fastclr.evaluation.forgetting import VIEWS, Forgotten
 from fastclr.evaluation.layers import Layers, LayerScore
 from fastclr.evaluation.store import cached_features
 from fastclr.simclr import SimCLR
@@ -77,6 +77,7 @@ class Subject:
         test: Labelled images of the same classes.
         options: Settings of the protocols.
         say: Told what is being done.
+        progress: Told how many images of how many this rank has taken features of.
     """
 
     run_dir: Path
@@ -87,6 +88,7 @@ class Subject:
     test: DataSet
     options: Options = field(default_factory=Options)
     say: Say = print
+    progress: Callable[[int, int], object] = lambda done, total: None
     _taken: dict[tuple[str, ...], tuple[LayerFeatures, LayerFeatures]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -132,7 +134,8 @@ class Subject:
     @cached_property
     def quick(self) -> dict[str, Any]:
         """The quick protocol's result; empty on other ranks than 0."""
-        return runs.evaluate(self.run_dir, *self.texts, self.say)
+        advance = self._counter(2 * (len(self.train) + len(self.test)))
+        return runs.evaluate(self.run_dir, *self.texts, self.say, advance)
 
     @cached_property
     def features(self) -> tuple[Features, Features]:
@@ -150,18 +153,28 @@ class Subject:
                 self.train, self.config.views.size, view, self.options.seed
             )
             seen = Layers(self.model.encoder, None, ("h",))
-            found.append(cached_features(self.cache, seen, images, self.device)["h"])
+            advance = self._counter(len(self.train))
+            taken = cached_features(self.cache, seen, images, self.device, progress=advance)
+            found.append(taken["h"])
         return found
 
     @cached_property
     def layer_scores(self) -> list[LayerScore]:
         """Scores of all layers; empty on other ranks than 0."""
-        return evaluations.layers_table(*self._sets, device=self.device, say=self.say)
+        advance = self._counter(len(self.train) + len(self.test))
+        return evaluations.layers_table(
+            *self._sets, device=self.device, say=self.say, progress=advance
+        )
 
     @cached_property
     def forgotten(self) -> list[Forgotten]:
         """What can be told from h and z; empty on other ranks than 0."""
-        return evaluations.forgetting_table(*self._sets, device=self.device, say=self.say)
+        most = evaluations.FORGETTING_IMAGES
+        num_images = sum(min(most, len(s)) for s in (self.train, self.test))
+        advance = self._counter(len(VIEWS) * num_images)
+        return evaluations.forgetting_table(
+            *self._sets, most=most, device=self.device, say=self.say, progress=advance
+        )
 
     def layer_features(self, layers: tuple[str, ...]) -> tuple[LayerFeatures, LayerFeatures]:
         """Return features of un-augmented images of both sets at layers."""
@@ -182,7 +195,19 @@ class Subject:
             self.cache,
             layers=layers,
             device=self.device,
+            progress=self._counter(len(shard_set)),
         )
+
+    def _counter(self, num_images: int) -> Callable[[int], None]:
+        """Return what counts images that are done, of a number that all ranks share."""
+        done, total = 0, -(-num_images // World.detect().num_ranks)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(min(done, total), total)
+
+        return advance
 
     @property
     def _sets(self) -> tuple[SimCLR, DataSet, DataSet, int, Path]:

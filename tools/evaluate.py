@@ -11,7 +11,14 @@ from typing import Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from fastclr.cli import guard
@@ -84,7 +91,13 @@ def evaluate(
         map_points=map_points,
         seed=seed,
     )
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
     console = Console(stderr=True)
     with (
         evaluations.joined() as world,
@@ -93,11 +106,13 @@ def evaluate(
         task = progress.add_task("starting")
 
         def say(text: str) -> None:
-            progress.update(task, description=text)
+            progress.reset(task, description=text)
+            progress.tasks[0].total = None  # not known of what comes now
             if world.is_main:
                 progress.console.print(text, highlight=False)
 
         subject = Subject.open(run, train, test, options, say)
+        subject.progress = lambda done, total: progress.update(task, completed=done, total=total)
         entries = protocols.score(subject, protocol, again=again)
     if not world.is_main:
         return
