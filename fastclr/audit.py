@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -198,10 +199,8 @@ def replay(run_dir: Path, step: int, train: str = "") -> list[Row]:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
     first = 1 + (int(checkpointing.read_facts(before)["step"]) if before else 0)
-    try:
+    with suppress(_Reached):
         run.trainer.fit(_Until(run.loader, step + 1 - first), epochs=run.config.epochs)
-    except _Reached:
-        pass
     dist.barrier()
     rows = list(_compare_steps(run_dir, scratch, first, step)) if world.is_main else []
     dist.barrier()

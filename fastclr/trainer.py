@@ -29,6 +29,7 @@ from fastclr.clock import Clock
 from fastclr.config import ConfigError, FaultsConfig, raise_all
 from fastclr.contracts import BatchSource, Evaluation, Summary
 from fastclr.ds_config import JSON, read
+from fastclr.evaluation.linear_joint import JointProbe
 from fastclr.files import write_json
 from fastclr.finite import FiniteGuard, NonFiniteLoss
 from fastclr.interruption import Interruption, Preempted, WaitInterrupted
@@ -68,6 +69,7 @@ class Trainer:
         start_from: Checkpoint of another run that a new run goes on from.
         evaluation: Called every ``evaluate_every`` steps; the best checkpoint by it is kept.
         evaluate_every: Steps between evaluations; 0 for the end of each epoch.
+        probe: Classifier that is trained beside the model, which does not notice it.
         faults: What is done when something goes wrong.
         interruption: Catches signals; None to catch them in :meth:`fit`.
     """
@@ -92,6 +94,7 @@ class Trainer:
         start_from: str | Path | None = None,
         evaluation: Evaluation | None = None,
         evaluate_every: int = 0,
+        probe: JointProbe | None = None,
         faults: FaultsConfig = FaultsConfig(),  # noqa: B008
         interruption: Interruption | None = None,
     ) -> None:
@@ -104,7 +107,7 @@ class Trainer:
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
         self.retention = Retention(keep_checkpoints, keep_every)
         self.start_from = Path(start_from) if start_from else None
-        self.evaluation, self.evaluate_every = evaluation, evaluate_every
+        self.evaluation, self.evaluate_every, self.probe = evaluation, evaluate_every, probe
         self.faults, self.interruption = faults, interruption or Interruption()
         self.device = engine.device_of(self.world)
         self.engine: Any = None  # DeepSpeed's types deny what its engines have
@@ -137,6 +140,8 @@ class Trainer:
         """
         loss_of = functools.partial(self._watched_loss, statistics=statistics)
         self._set_rate()
+        if self.probe:
+            self.probe.begin()
         # Randomness inside the model is a function of its coordinates: nothing to save or restore.
         place = self.step * self.world.num_ranks + self.world.rank
         torch.manual_seed((self.seed * 2**32 + place) % 2**63)
@@ -151,6 +156,8 @@ class Trainer:
             self.engine.backward(loss)
             self._finite.check()
             self.engine.step()
+        if self.probe:
+            self.probe.learn(batch.label_B, self.total_steps)
         self._count(batch)
         return loss.detach()
 
@@ -168,7 +175,10 @@ class Trainer:
 
     def _project(self, views_VBCHW: torch.Tensor) -> torch.Tensor:
         """Return the projections of views, view-major."""
-        return self.engine(views_VBCHW).z_ND
+        h_NF, z_ND = self.engine(views_VBCHW)
+        if self.probe and torch.is_grad_enabled():  # not in a gradient cache's first pass
+            self.probe.see(h_NF, len(views_VBCHW))
+        return z_ND
 
     def _accumulate(self, part: torch.Tensor) -> None:
         """Add a chunk's part of the gradient; the engine steps after the last one."""
@@ -400,10 +410,11 @@ class Trainer:
             "seed": self.seed,  # with the step, all of the generators' state
             "loader": position,
         }
+        probe = self.probe.state_dict() if self.probe else None
         with self.clock.apart("checkpoint"), self._watchdog.phase("checkpoint", self.step):
             self._ledger.commit()
             checkpointing.save(
-                self.engine, self._checkpoints, facts, self.retention, self._lars, is_best
+                self.engine, self._checkpoints, facts, self.retention, self._lars, is_best, probe
             )
         self._saved_step = self.step
 
@@ -415,6 +426,8 @@ class Trainer:
         if checkpoint is None:
             return
         facts = checkpointing.load(self.engine, checkpoint, self._lars)
+        if self.probe and (state := checkpointing.load_probe(checkpoint)):
+            self.probe.load_state_dict(state)
         loader.load_state_dict(facts["loader"])
         self.step, self.images = facts["step"], facts["images"]
         self.skipped_steps = facts["skipped_steps"]

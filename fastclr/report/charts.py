@@ -65,7 +65,7 @@ def line_chart(
     Returns:
         An `<svg>` element.
     """
-    figure, axes = _axes()
+    figure, axes = new_axes()
     stride = -(-len(x_N) // _MAX_LINE_POINTS)
     marker = "o" if len(x_N) == 1 else ""
     axes.plot(x_N[::stride], y_N[::stride], color=_FIRST, alpha=0.3, linewidth=0.9)
@@ -81,7 +81,7 @@ def line_chart(
         axes.set_ylim(bottom=0)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    return _svg(figure, name, f"{y_label} over {x_label}")
+    return svg(figure, name, f"{y_label} over {x_label}")
 
 
 def series_chart(
@@ -92,22 +92,22 @@ def series_chart(
     Args:
         name: Chart name, unique on the page.
         x_N: Horizontal values, shape (N,), N >= 1.
-        series: Two series by their names in the legend; shape (N,), values 0..1.
+        series: Up to three series by their names in the legend; shape (N,), values 0..1.
         x_label: Label of the horizontal axis, with the unit.
         y_label: Label of the vertical axis; also the text alternative.
 
     Returns:
         An `<svg>` element.
     """
-    figure, axes = _axes()
-    for (label, y_N), color in zip(series.items(), (_FIRST, _SECOND), strict=True):
+    figure, axes = new_axes()
+    for (label, y_N), color in zip(series.items(), series_colors(len(series)), strict=True):
         axes.plot(x_N, y_N, color=color, linewidth=2, marker="o", markersize=4, label=label)
     highest = max(y_N.max() for y_N in series.values())
     axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, 1.08 * highest or 1))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    _legend(axes)
-    return _svg(figure, name, f"{y_label} over {x_label}: {', '.join(series)}")
+    add_legend(axes)
+    return svg(figure, name, f"{y_label} over {x_label}: {', '.join(series)}")
 
 
 def score_chart(name: str, scores: Mapping[str, Mapping[str, float]], *, chance: float) -> Markup:
@@ -121,7 +121,7 @@ def score_chart(name: str, scores: Mapping[str, Mapping[str, float]], *, chance:
     Returns:
         An `<svg>` element.
     """
-    figure, axes = _axes()
+    figure, axes = new_axes()
     for index, (encoder, color) in enumerate(ENCODERS.items()):
         values = [scores[encoder]["linear_top1"], scores[encoder]["knn_top1"]]
         bars = axes.bar(np.arange(2) + (index - 1) * 0.27, values, 0.24, color=color, label=encoder)
@@ -129,8 +129,8 @@ def score_chart(name: str, scores: Mapping[str, Mapping[str, float]], *, chance:
     axes.axhline(chance, color=_INK, linewidth=1.2, linestyle=":")
     axes.set_xticks(np.arange(2), ["linear top-1", "kNN top-1"])
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    _legend(axes)
-    return _svg(figure, name, "linear and kNN top-1 accuracy: trained, untrained, pixels")
+    add_legend(axes)
+    return svg(figure, name, "linear and kNN top-1 accuracy: trained, untrained, pixels")
 
 
 def scatter_chart(name: str, points_N2: np.ndarray, colors_N: Sequence[str]) -> Markup:
@@ -150,7 +150,7 @@ def scatter_chart(name: str, points_N2: np.ndarray, colors_N: Sequence[str]) -> 
     unit_N2 = unit_square(points_N2)
     axes.scatter(unit_N2[:, 0], unit_N2[:, 1], s=22, c=list(colors_N), alpha=0.85, linewidths=0)
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    return _svg(figure, name, "t-SNE of the representation h, one dot per image")
+    return svg(figure, name, "t-SNE of the representation h, one dot per image")
 
 
 def thumbnail_mosaic(
@@ -192,6 +192,11 @@ def class_colors(num_classes: int) -> list[str]:
     return ["#" + "".join(f"{round(channel * 255):02x}" for channel in color) for color in rgb]
 
 
+def series_colors(num_series: int) -> list[str]:
+    """Return one colour a series, the page's own first."""
+    return [_FIRST, _SECOND, _MUTED, *_CLASS_COLORS[1:], *class_colors(num_series)][:num_series]
+
+
 def png_data_uri(image: np.ndarray, *, max_side: int | None = None) -> str:
     """Encode uint8 (H, W, 3 or 4) as a PNG data URI, shrunk to `max_side` pixels if larger."""
     picture = Image.fromarray(image)
@@ -216,7 +221,7 @@ def _running_mean(y_N: np.ndarray, window: int) -> np.ndarray:
     return total_N / np.convolve(np.ones(len(y_N)), kernel, mode="same")
 
 
-def _axes() -> tuple[Figure, Axes]:
+def new_axes() -> tuple[Figure, Axes]:
     """Return an empty figure with the report's quiet axes."""
     figure = Figure(figsize=(4.9, 3.0), layout="constrained")
     axes = figure.add_subplot()
@@ -230,14 +235,14 @@ def _axes() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes) -> None:
+def add_legend(axes: Axes) -> None:
     """Name the series above the chart."""
     axes.legend(
         frameon=False, ncols=3, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.02)
     )
 
 
-def _svg(figure: Figure, name: str, description: str) -> Markup:
+def svg(figure: Figure, name: str, description: str) -> Markup:
     """Render a figure to an `<svg>` element with its own ids and the page's colours and font."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):

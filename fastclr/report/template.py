@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from string import Template
 
+from fastclr.report import picture_templates
+
 
 class Markup(str):
     """HTML that this package made; any other `str` is text and gets escaped."""
@@ -44,12 +46,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
 
 def page(title: str, body: Iterable[Markup]) -> str:
     """Return the whole document from its title and its sections."""
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode("ascii")
+    script = _SCRIPT + picture_templates.SCRIPT
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     html = fill(
         _PAGE,
         title=title,
-        style=Markup(_STYLE),
-        script=Markup(_SCRIPT),
+        style=Markup(_STYLE + picture_templates.STYLE),
+        script=Markup(script),
         script_digest=digest,
         body=Markup("\n".join(body)),
     )
@@ -62,10 +65,10 @@ _STYLE = """
   --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   --page: #f5f6f9; --panel: #fff; --ink: #171a23; --muted: #5c6373; --line: #e2e5ec;
-  --first: #4a4fdc; --second: #0d9488; --third: #a4abba; }
+  --first: #4a4fdc; --second: #0d9488; --third: #a4abba; --wrong: #d2344a; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #0e1117; --panel: #171b24; --ink: #e8eaf0; --muted: #9aa3b5; --line: #2a303d;
-  --first: #8f96ff; --second: #2dc4b2; --third: #6b7384; } }
+  --first: #8f96ff; --second: #2dc4b2; --third: #6b7384; --wrong: #ff7d8c; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 var(--sans); }
 main { max-width: 1120px; margin: 0 auto; padding: 40px 20px 72px; }
@@ -222,7 +225,7 @@ EVALUATIONS = Template("""<section><h2>Online evaluation</h2>
 <figure class="panel">$chart
 <figcaption>Top-1 accuracy of the frozen encoder while training, on a fixed part of the labelled
 images; at the end $last. Compare the points of a curve with each other, not with the final scores:
-those rest on all images and a slower linear probe. Here: $protocol</figcaption></figure>
+those rest on all images and a slower linear probe. Linear: $protocol$joint</figcaption></figure>
 $rank
 </div></section>""")
 
