@@ -129,7 +129,9 @@ summary { cursor: pointer; padding: 14px 0; font-weight: 600; }
 details > :last-child { margin-bottom: 18px; }
 details table { font-size: .86rem; }
 details th { width: 50%; color: var(--muted); }
-.claims { padding: 4px 18px; }
+.wide { padding: 4px 18px; overflow-x: auto; }
+.wide td:not(:last-child), .wide thead th { white-space: nowrap; }
+.study { margin: 16px 0; padding: 18px; max-width: 720px; }
 .groups { columns: 2 320px; column-gap: 40px; }
 .groups > div { break-inside: avoid; }
 .groups h3 { margin-top: 0; padding-top: 12px; }
@@ -267,10 +269,10 @@ VIEW_STUDIES_HEADER = Template("""<p class="kicker">fastclr · studies</p>
 
 STUDY = Template("""<section><h2>$title</h2>
 <p>$question</p>
-<div class="pair"><div class="panel">$table</div>
-<figure class="panel">$chart<figcaption>$caption</figcaption></figure></div>
+<div class="panel wide">$table</div>
+<figure class="panel study">$chart<figcaption>$caption</figcaption></figure>
 <h3>Claims</h3>
-<div class="panel claims">$claims</div>
+<div class="panel wide">$claims</div>
 <p class="note">$provenance</p></section>""")
 
 GROUP = Template("<div>$source$view_0$view_1</div>")
@@ -311,10 +313,10 @@ STUDIES_HEADER = Template("""<p class="kicker">fastclr · studies</p>
 
 STUDY = Template("""<section><h2>$title</h2>
 <p>$question</p>
-<div class="pair"><div class="panel">$table</div>
-<figure class="panel">$chart<figcaption>$caption</figcaption></figure></div>
+<div class="panel wide">$table</div>
+<figure class="panel study">$chart<figcaption>$caption</figcaption></figure>
 <h3>Claims</h3>
-<div class="panel claims">$claims</div>
+<div class="panel wide">$claims</div>
 <p class="note">$provenance</p></section>""")
 
 GROUP = Template("<div><h3>$name</h3>$table</div>")

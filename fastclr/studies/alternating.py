@@ -18,7 +18,6 @@ def arms(scale: Scale) -> dict[str, Arm]:
     four = Alternating(head_steps=4)
     knobs = {
         **{name: Alternating(head_steps=steps) for name, steps in STEPS.items()},
-        "K = 4, encoder first": replace(four, order="encoder_first"),
         "K = 4, simultaneous": replace(four, order="simultaneous"),
         "K = 4, four batches": replace(four, earlier_batches=4),
         "K = 4, head rate / 10": replace(four, head_rate=0.1),

@@ -121,11 +121,6 @@ class AlternatingTrainer(Trainer):
             if statistics is not None and not self._how.earlier_batches:
                 statistics["head_gain"] = (first - loss).detach()
             self._step()
-        elif self._how.order == "encoder_first":
-            loss = self._encoder_gradient(model, h_NF, statistics)
-            self._step()
-            for h in steps:
-                self._head_step(h)
         else:
             loss = self._encoder_gradient(model, h_NF, statistics)
             self._head_step(steps[0])  # one step with both gradients, taken at the same weights
@@ -186,11 +181,10 @@ def _fixed(parameters: list[nn.Parameter]) -> Iterator[None]:
 def _statistics_held(head: nn.Module) -> Iterator[None]:
     """Keep BatchNorm's running statistics out of the head's own steps."""
     norms = [m for m in head.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = 0.0
+        norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for norm in norms:
+            norm.track_running_stats = True

@@ -10,6 +10,7 @@ from fastclr.config import ConfigError
 from fastclr.files import write_durably, write_json
 from fastclr.report import charts, template
 from fastclr.report.template import Markup
+from fastclr.studies import STUDIES
 from fastclr.studies.figures import figure
 from fastclr.studies.verdicts import RULE
 
@@ -32,7 +33,7 @@ def write_study(folder: Path, study: JSON) -> None:
 
 
 def read_studies(results: Path) -> list[JSON]:
-    """Read all studies; pilots come first, in the order of their names.
+    """Read all studies: pilots first, each scale in the order of ``STUDIES``.
 
     Raises:
         ConfigError: If a file is damaged.
@@ -46,8 +47,9 @@ def read_studies(results: Path) -> list[JSON]:
                 f"{file} is damaged ({error}): delete it and start its study again, which makes it "
                 "from the rows."
             ) from error
-    order = ("pilot", "small", "paper", "toy")
-    return sorted(studies, key=lambda study: order.index(study["scale"]))
+    scales, names = ("pilot", "small", "paper", "toy"), list(STUDIES)
+    known = [study for study in studies if study["name"] in names]
+    return sorted(known, key=lambda s: (scales.index(s["scale"]), names.index(s["name"])))
 
 
 def write_pages(out: Path) -> None:
@@ -99,7 +101,7 @@ def html(studies: list[JSON]) -> str:
     return template.page("Studies", sections)
 
 
-_CLAIMS = ("claim", "verdict", "difference", "seeds")
+_CLAIMS = ("claim", "difference", "seeds", "verdict")
 
 
 def _header(study: JSON) -> list[str]:
@@ -139,7 +141,7 @@ def _claims(study: JSON) -> list[list[str]]:
             difference = f"{factor * found['difference']:+.1f}"
         if found["error"] is not None:
             difference += f" ± {factor * found['error']:.1f}"
-        lines.append([found["claim"], found["verdict"], difference, str(found["seeds"])])
+        lines.append([found["claim"], difference, str(found["seeds"]), found["verdict"]])
     return lines
 
 

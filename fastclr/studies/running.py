@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import shlex
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from fastclr.world import World
 
 JSON = dict[str, Any]
 Say = Callable[[str], None]
+
+_WAITING_SECONDS = 2.0  # between looks at what other processes do
 
 
 def find_rows(results: Path) -> dict[str, Path]:
@@ -77,8 +81,9 @@ def run_study(
 ) -> list[JSON]:
     """Do the runs of a study that are not done yet; return the rows of all.
 
-    At SIGINT or SIGTERM the step, or the scoring, in progress is finished; a training that was
-    begun is gone on with at the next start.
+    Several processes may run studies side by side into the same folders, the same study too: a run
+    is done by one of them. At SIGINT or SIGTERM the step, or the scoring, in progress is finished;
+    a training that was begun is gone on with at the next start.
 
     Args:
         name: The study's name; its rows lie in ``results/NAME/SCALE``.
@@ -99,37 +104,59 @@ def run_study(
     """
     if World.detect().num_ranks > 1:
         raise ConfigError(
-            "a study's runs are of one rank each: start it without a launcher, and several studies "
-            "side by side."
+            "a study's runs are of one rank each: start it without a launcher, several times side "
+            "by side if there is room."
         )
     runs = study.runs(scale, num_seeds)
     folder = results / name / scale_name
     folder.mkdir(parents=True, exist_ok=True)
-    known = find_rows(results)
-    missing = [run for run in runs if run.digest(images.facts) not in known]
-    say(f"{name}: {len(runs)} runs, {len(runs) - len(missing)} of them done before")
-    rows: list[JSON] = []
+    work_dir.mkdir(parents=True, exist_ok=True)
+    digests = {run: run.digest(images.facts) for run in runs}
+    pending = [run for run in runs if digests[run] not in find_rows(results)]
+    say(f"{name}: {len(runs)} runs, {len(runs) - len(pending)} of them done before")
     seconds: list[float] = []
     with Interruption() as interruption:
-        for run in runs:
-            digest = run.digest(images.facts)
-            file = find_rows(results).get(digest) if run in missing else known[digest]
-            if file is None:  # nobody has done it meanwhile
-                file = folder / f"{digest}.json"
-                job = Job(run, images, scale, work_dir / digest, interruption)
-                row = _do(job, name, command)
-                write_json(file, row)
-                shutil.rmtree(work_dir / digest, ignore_errors=True)
-                seconds.append(row["seconds"])
-                left = (len(missing) - len(seconds)) * sum(seconds) / len(seconds) / 60
-                say(
-                    f"{name} {len(seconds)}/{len(missing)}: {run.arm}, seed {run.config.seed}, "
-                    f"{_in_short(row)}, {row['seconds']:.0f} s; about {left:.0f} minutes left"
-                )
-            # The arm's name may be another study's, where the run was shared.
-            rows.append({**read_row(file, run, images.facts), "arm": run.arm})
-            _leave(interruption)
-    return rows
+        while pending:
+            before = len(pending)
+            for run in list(pending):
+                _leave(interruption)
+                job = Job(run, images, scale, work_dir / digests[run], interruption)
+                row = _do_once(job, folder / f"{digests[run]}.json", results, name, command)
+                if row is None and digests[run] not in find_rows(results):
+                    continue  # another process is doing it
+                pending.remove(run)
+                if row is not None:
+                    seconds.append(row["seconds"])
+                    left = len(pending) * sum(seconds) / len(seconds) / 60
+                    say(
+                        f"{name}, {len(pending)} to do: {run.arm}, seed {run.config.seed}, "
+                        f"{_in_short(row)}, {row['seconds']:.0f} s; about {left:.0f} minutes left"
+                    )
+            if len(pending) == before:
+                time.sleep(_WAITING_SECONDS)
+    return rows_of(study, scale, images.facts, results, num_seeds)
+
+
+@contextmanager
+def _claim(file: Path) -> Iterator[bool]:
+    """Lock a run against other processes, as long as this one lives; yield whether that worked."""
+    with file.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield True
+        except BlockingIOError:
+            yield False
+
+
+def _do_once(job: Job, file: Path, results: Path, name: str, command: list[str]) -> JSON | None:
+    """Do a run and write its row, unless another process has done it or is doing it."""
+    with _claim(job.run_dir.with_suffix(".lock")) as is_ours:
+        if not is_ours or file.stem in find_rows(results):
+            return None
+        row = _do(job, name, command)
+        write_json(file, row)
+    shutil.rmtree(job.run_dir, ignore_errors=True)
+    return row
 
 
 def _do(job: Job, name: str, command: list[str]) -> JSON:

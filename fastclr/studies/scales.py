@@ -41,18 +41,17 @@ class Scale:
 
 
 _VIEWS = ViewsConfig(size=32, color_strength=0.5, blur_prob=0.0)
-_ADAM = OptimizerConfig(
-    name="Adam", learning_rate=3e-3, weight_decay=1e-6, warmup_epochs=0, schedule="cosine"
-)
+_ADAM = OptimizerConfig(name="Adam", learning_rate=3e-3, weight_decay=1e-6, warmup_epochs=0)
 
 PILOT = Scale(
     base=Config(
-        encoder=EncoderConfig("resnet8", width=0.25, stem="small"),
+        # A stem of stride 2 costs a quarter of one of stride 1 and, at equal time, learns no less.
+        encoder=EncoderConfig("resnet8", width=0.25, stem="small_stride2"),
         head=HeadConfig(output_dim=64, norm="none"),
         views=_VIEWS,
         loss=LossConfig(temperature=0.2),
         optimizer=_ADAM,
-        epochs=10,
+        epochs=30,
         global_batch_size=128,
     ),
     num_train=5120,
@@ -61,7 +60,7 @@ PILOT = Scale(
     head_dim=64,
     autoencoder_epochs=30,
     forgetting_images=2560,
-    expects="minutes a run on one CPU core",
+    expects="two minutes a run on one CPU core",
 )
 
 TOY = replace(

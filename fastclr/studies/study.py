@@ -29,9 +29,10 @@ class Alternating:
 
     Attributes:
         head_steps: Steps K of the head for one of the encoder.
-        order: ``head_first``: the head's steps, then the encoder through it; ``encoder_first``: the
-            other way round; ``simultaneous``: the encoder's gradient is taken through the head
-            before any of its steps, as in joint training.
+        order: ``head_first``: the head's steps, then the encoder through it; ``simultaneous``: the
+            encoder's gradient is taken through the head before any of its steps, as in joint
+            training. (The encoder first is the same, as the head's steps see representations of
+            before.)
         earlier_batches: Batches before this one that the head's steps go through in turn, by their
             representations of that time; 0 for the batch itself.
         head_rate: The head's learning rate as a multiple of the encoder's.
@@ -39,7 +40,7 @@ class Alternating:
     """
 
     head_steps: int = 1
-    order: Literal["head_first", "encoder_first", "simultaneous"] = "head_first"
+    order: Literal["head_first", "simultaneous"] = "head_first"
     earlier_batches: int = 0
     head_rate: float = 1.0
     renewed_epochs: float = 0.0
