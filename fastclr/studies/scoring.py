@@ -51,7 +51,7 @@ def layer_scores(model: SimCLR, images: StudyImages, device: torch.device, say: 
     )
     scores: JSON = {}
     for name in layers.names:
-        say(f"scoring {name}")
+        say(f"scoring {name.removeprefix(_HEAD)}")
         scores[name.removeprefix(_HEAD)] = _layer(train[name], test[name])
     scores["z"] = scores[layers.names[-1].removeprefix(_HEAD)]
     scores["weights"] = {
