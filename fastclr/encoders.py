@@ -14,7 +14,9 @@ from fastclr.config import ConfigError, EncoderConfig
 
 # The ResNets that take a width and a stem; every other name is timm's as it is.
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
-    "resnet8": (BasicBlock, (1, 1, 1)),  # no fourth stage: a quarter of its width, for pilots
+    # Without the fourth stage, half as wide: for pilots.
+    "resnet8": (BasicBlock, (1, 1, 1)),
+    "resnet14": (BasicBlock, (2, 2, 2)),
     "resnet10": (BasicBlock, (1, 1, 1, 1)),
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),

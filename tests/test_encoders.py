@@ -21,6 +21,7 @@ def num_parameters(module: torch.nn.Module) -> int:
     ("name", "settings", "size"),
     [
         ("resnet8", {"width": 0.25, "stem": "small"}, 32),
+        ("resnet14", {"width": 0.25, "stem": "small"}, 32),
         ("resnet10", {"width": 0.25}, 32),
         ("resnet10", {"width": 0.5, "stem": "small_stride2"}, 32),
         ("resnet10", {"width": 1, "stem": "small"}, 32),

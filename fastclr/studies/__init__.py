@@ -6,12 +6,15 @@ from fastclr.studies import (
     alternating,
     augmentations,
     autoencoder_heads,
+    batch_epochs,
     color_histogram,
     color_strength,
+    encoder_size,
     forgetting,
     heads,
     layers,
     losses,
+    optimizer,
     temperature,
 )
 from fastclr.studies.study import Study
@@ -26,5 +29,8 @@ STUDIES: dict[str, Study] = {
     "temperature": temperature.STUDY,
     "augmentations": augmentations.STUDY,
     "color_strength": color_strength.STUDY,
+    "batch_epochs": batch_epochs.STUDY,
+    "optimizer": optimizer.STUDY,
+    "encoder_size": encoder_size.STUDY,
     "color_histogram": color_histogram.STUDY,
 }

@@ -67,7 +67,7 @@ TOY = replace(
     PILOT,
     base=replace(
         PILOT.base,
-        encoder=EncoderConfig("resnet8", width=0.0625, stem="small_stride2"),
+        encoder=EncoderConfig("resnet8", width=0.125, stem="small_stride2"),
         head=HeadConfig(output_dim=8, norm="none"),
         epochs=1,
         global_batch_size=32,

@@ -52,6 +52,7 @@ class Variant:
 
     Attributes:
         trained: Whether there is any training; else the first weights are scored.
+        supervised: Whether labels are learned, with a linear classifier for the head.
         start: How the head begins, a key of :data:`.head_starts.STARTS`.
         frozen: Modules of the head that are not trained.
         activation: Of the head's hidden layers, a key of :data:`.head_starts.ACTIVATIONS`.
@@ -62,6 +63,7 @@ class Variant:
     """
 
     trained: bool = True
+    supervised: bool = False
     start: str = "random"
     frozen: tuple[str, ...] = ()
     activation: str = "relu"

@@ -21,6 +21,7 @@ from fastclr.studies.head_starts import Context, build, fresh_head
 from fastclr.studies.images import StudyImages
 from fastclr.studies.scales import Scale
 from fastclr.studies.study import Run
+from fastclr.studies.supervised_steps import SupervisedTrainer, classifier
 from fastclr.studies.view_changes import ChangedViews
 from fastclr.trainer import Trainer
 from fastclr.world import World
@@ -70,6 +71,8 @@ def train(job: Job) -> tuple[SimCLR, JSON]:
     variant = job.run.variant
     context = Context(config, job.images, job.scale.autoencoder_epochs, job.say)
     model = build(variant, context, device)
+    if variant.supervised:
+        model = classifier(model, len(job.images.class_names)).to(device)
     if not variant.trained:
         return model, {}
     loader = make_loader(
@@ -109,7 +112,8 @@ def train(job: Job) -> tuple[SimCLR, JSON]:
             **settings,
         )
     else:
-        trainer = Trainer(model, optimizer=_lars(model, config), ds_config=ds, **settings)
+        kind = SupervisedTrainer if variant.supervised else Trainer
+        trainer = kind(model, optimizer=_lars(model, config), ds_config=ds, **settings)
     trainer.fit(source, epochs=config.epochs)
     return model, scoring.logged_means(job.run_dir)
 

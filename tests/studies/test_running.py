@@ -150,10 +150,13 @@ def test_runs_of_a_seed_are_paired(name, images):
     assert set(runs) == {0, 1}
     weights, orders = {}, {}
     for seed, of_seed in runs.items():
-        found = [SimCLR.from_config(run.config).encoder.state_dict() for run in of_seed]
-        for state in found[1:]:
-            assert all(torch.equal(state[key], found[0][key]) for key in found[0])
-        weights[seed] = found[0]["network.conv1.weight"]
+        first = {}  # weights by encoder
+        for run in of_seed:
+            state = SimCLR.from_config(run.config).encoder.state_dict()
+            expected = first.setdefault(run.config.encoder, state)
+            assert all(torch.equal(state[key], expected[key]) for key in expected)
+        assert len(first) == (6 if name == "encoder_size" else 1)
+        weights[seed] = next(iter(first.values()))["network.conv1.weight"]
         ids = [_first_ids(run, images) for run in of_seed]
         assert all((other == ids[0]).all() for other in ids[1:])
         orders[seed] = ids[0]

@@ -25,6 +25,9 @@ GRIDS = {
     "temperature": ("cosine, 0.05", "dot product, 10"),
     "augmentations": ("crop", "crop + colour", "rotate + cutout", "sobel + noise"),
     "color_strength": ("no colour distortion", "1"),
+    "batch_epochs": ("small batch, sqrt, a third of the epochs",),
+    "optimizer": ("LARS, small batch", "SGD, small batch"),
+    "encoder_size": ("supervised, resnet14, full width", "SimCLR, resnet8, double width"),
     "color_histogram": None,
 }  # fmt: skip
 
