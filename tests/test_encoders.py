@@ -116,7 +116,7 @@ def test_a_configuration_is_enough():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "resnet_fifty"}, r"'resnet_fifty' is unknown to timm.*choose resnet10"),
+        ({"name": "resnet_fifty"}, r"'resnet_fifty' is unknown to timm.*choose resnet8"),
         ({"name": "resnet18.no_such_tag"}, "no_such_tag.*choose"),
         ({"name": ""}, "is unknown to timm"),
         ({"name": "convnext_atto", "width": 2}, "no width 2.*Leave them at 1 and imagenet"),

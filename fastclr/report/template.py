@@ -262,20 +262,7 @@ differ in crop and colour: pairs without common content teach nothing, and pairs
 colours can be matched without looking at shapes.</p>
 <div class="panel views">$groups</div></section>""")
 
-VIEW_STUDIES_HEADER = Template("""<p class="kicker">fastclr · studies</p>
-<h1>$title</h1>
-<p class="summary">$summary</p>
-<p class="panel note">$rule</p>""")
-
-STUDY = Template("""<section><h2>$title</h2>
-<p>$question</p>
-<div class="panel wide">$table</div>
-<figure class="panel study">$chart<figcaption>$caption</figcaption></figure>
-<h3>Claims</h3>
-<div class="panel wide">$claims</div>
-<p class="note">$provenance</p></section>""")
-
-GROUP = Template("<div>$source$view_0$view_1</div>")
+VIEW_GROUP = Template("<div>$source$view_0$view_1</div>")
 VIEW = Template("""<figure><img src="$uri" alt="$name" class="$kind">\
 <figcaption>$name</figcaption></figure>""")
 

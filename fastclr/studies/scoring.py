@@ -65,7 +65,8 @@ def layer_scores(model: SimCLR, images: StudyImages, device: torch.device, say: 
 def _layer(train: Features, test: Features) -> JSON:
     """Score one layer."""
     rows = len(train.label_X) * 4 // 5
-    fitting, held_out = (Features(*(part[s] for part in train)) for s in _cuts(rows))
+    fitting = Features(train.h_XF[:rows], train.label_X[:rows])
+    held_out = Features(train.h_XF[rows:], train.label_X[rows:])
     ranked = test.h_XF[:_RANKED]
     return {
         "linear": ridge_probe(train, test).top1,
@@ -73,10 +74,6 @@ def _layer(train: Features, test: Features) -> JSON:
         "validation": ridge_probe(fitting, held_out).top1,
         "rank": effective_rank(torch.from_numpy(ranked - ranked.mean(0))),
     }
-
-
-def _cuts(rows: int) -> tuple[slice, slice]:
-    return slice(rows), slice(rows, None)
 
 
 def logged_means(run_dir: Path, share: float = 0.1) -> JSON:

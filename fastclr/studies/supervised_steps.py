@@ -46,9 +46,9 @@ class SupervisedTrainer(Trainer):
         return loss.detach()
 
 
-def classifier(model: SimCLR, num_classes: int) -> SimCLR:
-    """Put a linear classifier, zero at first, in the place of the head."""
-    layer = nn.Linear(model.encoder.feature_dim, num_classes)
+def classifier(model: SimCLR, feature_dim: int, num_classes: int) -> SimCLR:
+    """Put a linear classifier of h, zero at first, in the place of the head."""
+    layer = nn.Linear(feature_dim, num_classes)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     model.projection_head = nn.Sequential()

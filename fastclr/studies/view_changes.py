@@ -89,11 +89,7 @@ class ChangedViews:
         self._loader, self._changes, self._seed = loader, changes, seed
         self.micro_batch_size = loader.micro_batch_size
         self.batches_per_epoch = loader.batches_per_epoch
-
-    @property
-    def wait_seconds(self) -> float:
-        """Time spent waiting for batches so far."""
-        return self._loader.wait_seconds
+        self.wait_seconds = 0.0
 
     @property
     def num_views(self) -> int:
@@ -116,6 +112,7 @@ class ChangedViews:
     def __iter__(self) -> Iterator[Batch]:
         """Yield changed batches without end."""
         for batch in self._loader:
+            self.wait_seconds = self._loader.wait_seconds
             yield self._changed(batch, self._loader.state_dict()["epoch"])
 
     def _changed(self, batch: Batch, epoch: int) -> Batch:

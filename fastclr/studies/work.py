@@ -11,6 +11,7 @@ import torch
 
 from fastclr import data_sets, ds_config, losses
 from fastclr.config import Config
+from fastclr.contracts import BatchSource
 from fastclr.engine import device_of
 from fastclr.interruption import Interruption
 from fastclr.optim import LARS
@@ -63,29 +64,40 @@ def train(job: Job) -> tuple[SimCLR, JSON]:
         KeyboardInterrupt: After SIGINT, likewise.
         FloatingPointError: If the loss is not finite.
     """
-    world = World()
-    device = device_of(world)
+    device = device_of(World())
     config = replace(job.run.config, run_dir=str(job.run_dir), data=_NAMED)
-    config, ds = ds_config.resolve(config, DS_JSON, world)
+    config, ds = ds_config.resolve(config, DS_JSON, World())
     config = data_sets.settle_backend(config, device)
-    variant = job.run.variant
-    context = Context(config, job.images, job.scale.autoencoder_epochs, job.say)
-    model = build(variant, context, device)
-    if variant.supervised:
-        model = classifier(model, len(job.images.class_names)).to(device)
-    if not variant.trained:
+    model = build(
+        job.run.variant, Context(config, job.images, job.scale.autoencoder_epochs, job.say), device
+    )
+    if job.run.variant.supervised:
+        model = classifier(model, _width(model), len(job.images.class_names)).to(device)
+    if not job.run.variant.trained:
         return model, {}
+    source = _source(job, config, device)
+    _trainer(job, config, ds, model, source).fit(source, epochs=config.epochs)
+    return model, scoring.logged_means(job.run_dir)
+
+
+def _source(job: Job, config: Config, device: torch.device) -> BatchSource:
+    """Make a run's loader."""
     loader = make_loader(
         job.images.train,
         data_sets.policies_of(config),
         micro_batch_size=config.global_batch_size or 0,
         seed=config.seed,
         backend=config.data.backend,
-        world=world,
+        world=World(),
         device=device,
         num_threads=torch.get_num_threads(),
     )
-    source = ChangedViews(loader, variant.changes, config.seed) if any(variant.changes) else loader
+    changes = job.run.variant.changes
+    return ChangedViews(loader, changes, config.seed) if any(changes) else loader
+
+
+def _trainer(job: Job, config: Config, ds: JSON, model: SimCLR, source: BatchSource) -> Trainer:
+    """Make the trainer that a run's variant asks for."""
     total_steps = round((config.epochs or 0) * source.batches_per_epoch)
     settings: JSON = {
         "loss": losses.from_config(config.loss),
@@ -94,28 +106,30 @@ def train(job: Job) -> tuple[SimCLR, JSON]:
         "schedule": config.optimizer.schedule,
         "batch_norm": config.batch_norm,
         "seed": config.seed,
-        "world": world,
+        "world": World(),
         "log_every": max(1, total_steps // _LOG_ROWS),
         "checkpoint_every": max(1, total_steps),  # and when a signal comes
         "keep_checkpoints": 1,
         "interruption": job.interruption,
     }
-    if variant.alternating:
-        how = variant.alternating
-        trainer: Trainer = AlternatingTrainer(
+    if how := job.run.variant.alternating:
+        device = device_of(World())
+        return AlternatingTrainer(
             model,
             alternating=how,
             renewed_steps=round(how.renewed_epochs * source.batches_per_epoch),
-            fresh_head=lambda n: fresh_head(config, model.encoder.feature_dim, n).to(device),
+            fresh_head=lambda n: fresh_head(config, _width(model), n).to(device),
             optimizer=two_rate_optimizer(model, config.optimizer, how.head_rate),
             ds_config={k: v for k, v in ds.items() if k != "optimizer"},
             **settings,
         )
-    else:
-        kind = SupervisedTrainer if variant.supervised else Trainer
-        trainer = kind(model, optimizer=_lars(model, config), ds_config=ds, **settings)
-    trainer.fit(source, epochs=config.epochs)
-    return model, scoring.logged_means(job.run_dir)
+    kind = SupervisedTrainer if job.run.variant.supervised else Trainer
+    return kind(model, optimizer=_lars(model, config), ds_config=ds, **settings)
+
+
+def _width(model: SimCLR) -> int:
+    """Return the width of h."""
+    return model.encoder.feature_dim  # pyright: ignore[reportReturnType]
 
 
 _NAMED = replace(Config().data, train="the study's images")  # a configuration must name some

@@ -19,7 +19,7 @@ from pipelines.policy import SimCLRPolicy
 
 
 def test_the_classifier_is_zero_and_as_wide_as_the_classes():
-    model = classifier(SimCLR.from_config(TOY.base), 16)
+    model = classifier(SimCLR.from_config(TOY.base), 32, 16)
     h_NF, z_NK = model.eval()(torch.zeros(2, 1, 3, 32, 32, dtype=torch.uint8))
     assert h_NF.shape == (2, 32)
     assert z_NK.shape == (2, 16)
@@ -42,7 +42,7 @@ def test_one_step_is_plain_cross_entropy_on_all_views(job, images, monkeypatch):
     assert losses[0] == pytest.approx(torch.tensor(16.0).log())  # of a zero classifier
     assert 0 <= logged["accuracy"] <= 1
 
-    plain = classifier(SimCLR.from_config(config), 16)
+    plain = classifier(SimCLR.from_config(config), 32, 16)
     policy = SimCLRPolicy(size=32, color_strength=0.5, blur_prob=0.0)
     loader = make_loader(
         images.train, policy, micro_batch_size=32, seed=0, backend="threads", num_threads=1
