@@ -200,7 +200,8 @@ def replay(run_dir: Path, step: int, train: str = "") -> list[Row]:
         scratch.mkdir()
     first = 1 + (int(checkpointing.read_facts(before)["step"]) if before else 0)
     with suppress(_Reached):
-        run.trainer.fit(_Until(run.loader, step + 1 - first), epochs=run.config.epochs)
+        until: Any = _Until(run.loader, step + 1 - first)  # is all that its loader is
+        run.trainer.fit(until, epochs=run.config.epochs)
     dist.barrier()
     rows = list(_compare_steps(run_dir, scratch, first, step)) if world.is_main else []
     dist.barrier()

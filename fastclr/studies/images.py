@@ -46,6 +46,10 @@ class First:
         """Return a decoded image, uint8 (H, W, 3)."""
         return self._set[sample_id]
 
+    def images(self, sample_ids: Int64) -> list[Pixels | None]:
+        """Return images; None for each to be asked for by itself."""
+        return self._set.images(sample_ids)
+
     def read(self, sample_id: int) -> bytes:
         """Return an encoded image."""
         return self._set.read(sample_id)
