@@ -114,7 +114,8 @@ class EncoderConfig:
     """The encoder f: images to representations h.
 
     Attributes:
-        name: Any timm model, or ``resnet10`` (one basic block a stage).
+        name: Any timm model, or ``resnet10`` (one basic block a stage), or ``resnet8`` and
+            ``resnet14`` (one and two basic blocks in each of three stages).
         width: Width multiplier of a ResNet: SimCLR's 1, 2, 4, or a fraction for a small machine.
         stem: ``imagenet`` (7x7 stride 2 and max-pool), ``small`` (3x3 stride 1, no max-pool;
             the paper's CIFAR-10 stem), or ``small_stride2`` (3x3 stride 2, no max-pool).

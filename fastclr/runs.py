@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -78,22 +78,13 @@ def train(
         ShardError: If the data is missing or damaged.
         StorageError: If its storage does not answer, an OSError.
     """
-    world = World.detect()
     _set_up_logging()
-    config, ds = ds_config.resolve(config, ds_config.read(ds_path), world)
-    device = device_of(world)
-    config = data_sets.settle_backend(config, device)
-    data_set = data_sets.open_data(config.data.train, config.data)
-    run_dir = Path(config.run_dir)
-    _refuse_another_run(run_dir, config)
-    _share_cores(world)
-    micro_batch_size = ds_config.images_per_rank(ds, world)
-    loader = data_sets.training_loader(config, data_set, micro_batch_size, world, device)
-    trainer = _trainer(config, ds, loader, data_set, interruption)
-    trainer.check(loader)
+    run = prepare(config, ds_config.read(ds_path), interruption)
+    config, data_set, loader, trainer = run.config, run.data_set, run.loader, run.trainer
+    world, run_dir = loader.world, Path(config.run_dir)
     facts = {
         "config": _without_secrets(asdict(config)),
-        "ds_config": redacted(ds),
+        "ds_config": redacted(run.ds),
         "command": redacted_urls(shlex.join(command)),
         "versions": versions(),
         "hardware": hardware(_device_name(trainer.device)),
@@ -122,6 +113,53 @@ def train(
         if summary.damaged_samples:
             print(f"{summary.damaged_samples} damaged images were replaced; the log names them")
     return summary
+
+
+class Prepared(NamedTuple):
+    """A run that is ready to begin.
+
+    Attributes:
+        config: Its settings, every value filled in.
+        ds: Its DeepSpeed JSON, likewise.
+        data_set: Images.
+        loader: What the trainer is to be given.
+        trainer: Checked against the loader.
+    """
+
+    config: Config
+    ds: ds_config.JSON
+    data_set: DataSet
+    loader: Loader
+    trainer: Trainer
+
+
+def prepare(
+    config: Config, ds: ds_config.JSON, interruption: Interruption | None = None
+) -> Prepared:
+    """Build everything a run needs, and check it; no device is touched and nothing is written.
+
+    Args:
+        config: Settings; what it leaves None the DeepSpeed JSON or the defaults fill in.
+        ds: DeepSpeed JSON.
+        interruption: Catches signals already; None to begin when training does.
+
+    Raises:
+        ConfigError: If anything cannot work.
+        ShardError: If the data is missing or damaged.
+        StorageError: If its storage does not answer, an OSError.
+    """
+    world = World.detect()
+    config, ds = ds_config.resolve(config, ds, world)
+    device = device_of(world)
+    config = data_sets.settle_backend(config, device)
+    data_set = data_sets.open_data(config.data.train, config.data)
+    _refuse_another_run(Path(config.run_dir), config)
+    _share_cores(world)
+    micro_batch_size = ds_config.images_per_rank(ds, world)
+    loader = data_sets.training_loader(config, data_set, micro_batch_size, world, device)
+    trainer = _trainer(config, ds, loader, data_set, interruption)
+    trainer.check(loader)
+    return Prepared(config, ds, data_set, loader, trainer)
 
 
 def _set_up_logging() -> None:

@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -21,7 +21,7 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from torch import nn
 
-from fastclr import checkpointing, collectives, engine
+from fastclr import checkpointing, collectives, engine, ledger
 from fastclr.batch import Batch
 from fastclr.batch_norm import has_batch_norm
 from fastclr.checkpointing import Retention
@@ -121,6 +121,7 @@ class Trainer:
         self._seconds_before = 0.0  # training time of earlier starts
         self._saved_step = -1
         self._scores: RowLog | None = None
+        self._ledger: Any = None  # from fit on
         self._finite = FiniteGuard(self.world)
         self._watchdog = Watchdog(
             faults.watchdog_seconds, self.world.rank, self.world.num_ranks, self.run_dir
@@ -216,6 +217,8 @@ class Trainer:
             self._resume(loader)
             if epochs is not None:
                 self.total_steps = max(1, round(epochs * loader.batches_per_epoch))
+            begun = ledger.begin(self.run_dir, loader, self.step, self.world, self.device)
+            self._ledger = stack.enter_context(closing(begun))
             self._loop(loader, minutes, self._open_log(stack))
         return self._summary(loader)
 
@@ -237,11 +240,13 @@ class Trainer:
             statistics: dict[str, torch.Tensor] | None = {} if should_log or is_last else None
             loss = self._step_or_skip(batch, statistics)
             position = loader.state_dict()
+            self._ledger.add(self.step, batch, loss, loader.num_damaged)
             if minutes is not None and should_log:
                 self._plan(minutes)
                 is_last = self.step == self.total_steps  # a plan ends a run at a log row
             if statistics is not None and loss is not None:
                 row = window.close(loss, statistics)
+                self._ledger.write()
                 if log:
                     log.write(row, self.total_steps)
             is_best = False
@@ -407,6 +412,7 @@ class Trainer:
         }
         probe = self.probe.state_dict() if self.probe else None
         with self.clock.apart("checkpoint"), self._watchdog.phase("checkpoint", self.step):
+            self._ledger.commit()
             checkpointing.save(
                 self.engine, self._checkpoints, facts, self.retention, self._lars, is_best, probe
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +184,25 @@ def test_copy_button_answers(browser, report):
     wait = "return new Promise(done => setTimeout(done, 300)).then(() =>"
     label = browser.run(wait + " document.querySelector('.command button').textContent)")
     assert label in ("Copied", "Press Ctrl+C")
+
+
+def test_page_of_the_benchmarks(browser, tmp_path):
+    """Of the rows that are checked in: no error, charts visible, no sideways scrolling."""
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    for rows in (benchmarks / "results").glob("*.jsonl"):
+        shutil.copy(rows, tmp_path)
+    command = [sys.executable, benchmarks / "report.py", "--results", tmp_path]
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    for width in (1200, 380):
+        browser.resize(width)
+        assert browser.console_errors(tmp_path / "REPORT.html") == []
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+    sizes = browser.run(
+        "return Array.from(document.querySelectorAll('svg.chart'), element => {"
+        "  const box = element.getBoundingClientRect(); return [box.width, box.height]; })"
+    )
+    assert len(sizes) >= 4
+    assert all(width > 200 and height > 60 for width, height in sizes)
 
 
 @pytest.fixture
