@@ -205,7 +205,9 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
 
 
-def load(engine: DeepSpeedEngine, checkpoint: Path, lars: LARS | None = None) -> dict[str, Any]:
+def load(
+    engine: DeepSpeedEngine, checkpoint: Path, lars: LARS | None = None, probe: Any = None
+) -> dict[str, Any]:
     """Load a verified checkpoint into the engine; every rank calls this. Returns its facts.
 
     Args:
@@ -213,11 +215,15 @@ def load(engine: DeepSpeedEngine, checkpoint: Path, lars: LARS | None = None) ->
         checkpoint: Folder of the checkpoint.
         lars: The engine's optimizer, if it is LARS. Then the number of ranks, the ZeRO stage and
             the precision may differ from those it was saved under.
+        probe: Gets the saved probe's state, by ``load_state_dict``; stays as it is if there is
+            none in the checkpoint.
 
     Raises:
         ConfigError: If the engine is laid out otherwise and no whole layers were saved.
     """
     facts, layout = read_facts(checkpoint), _layout(engine)
+    if probe and (state := load_probe(checkpoint)):
+        probe.load_state_dict(state)
     if facts.get("layout", layout) == layout:  # bit for bit
         tag, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if tag is not None:

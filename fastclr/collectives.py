@@ -70,8 +70,9 @@ def together() -> Iterator[None]:
         dist.all_gather_object(said, error and (type(error), str(error)), group=host_group())
         if error is None and any(said):
             failed, (kind, text) = next((r, s) for r, s in enumerate(said) if s)
-            error = kind.__new__(kind)  # its own arguments are not known here
-            error.args = (f"rank {failed}: {text}",)
+            other: Exception = kind.__new__(kind)  # its own arguments are not known here
+            other.args = (f"rank {failed}: {text}",)
+            raise other
     if error is not None:
         raise error
 

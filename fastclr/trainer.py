@@ -140,8 +140,6 @@ class Trainer:
         """
         loss_of = functools.partial(self._watched_loss, statistics=statistics)
         self._set_rate()
-        if self.probe:
-            self.probe.begin()
         # Randomness inside the model is a function of its coordinates: nothing to save or restore.
         place = self.step * self.world.num_ranks + self.world.rank
         torch.manual_seed((self.seed * 2**32 + place) % 2**63)
@@ -177,7 +175,7 @@ class Trainer:
         """Return the projections of views, view-major."""
         h_NF, z_ND = self.engine(views_VBCHW)
         if self.probe and torch.is_grad_enabled():  # not in a gradient cache's first pass
-            self.probe.see(h_NF, len(views_VBCHW))
+            self.probe.see(h_NF, len(views_VBCHW), self.step)
         return z_ND
 
     def _accumulate(self, part: torch.Tensor) -> None:
@@ -425,9 +423,7 @@ class Trainer:
         checkpoint = checkpointing.choose(self._checkpoints, self.start_from, self.device)
         if checkpoint is None:
             return
-        facts = checkpointing.load(self.engine, checkpoint, self._lars)
-        if self.probe and (state := checkpointing.load_probe(checkpoint)):
-            self.probe.load_state_dict(state)
+        facts = checkpointing.load(self.engine, checkpoint, self._lars, self.probe)
         loader.load_state_dict(facts["loader"])
         self.step, self.images = facts["step"], facts["images"]
         self.skipped_steps = facts["skipped_steps"]

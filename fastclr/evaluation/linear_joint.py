@@ -57,17 +57,20 @@ class JointProbe:
         self._rate = scaled_learning_rate(rate, batch_size, "linear")
         self._schedule, self._step = Schedule(0, "cosine"), 0
         self._seen: list[torch.Tensor] = []
+        self._seen_step = -1
         parameters = list(self.classifier.parameters())
         self._optimizer = torch.optim.SGD(parameters, self._rate, momentum=MOMENTUM, nesterov=True)
         for parameter in parameters:  # torch's first buffer is the gradient: that of zeros
             self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
-    def begin(self) -> None:
-        """Forget what a step that was broken off has shown."""
-        self._seen.clear()
+    def see(self, h_NF: torch.Tensor, num_views: int, step: int) -> None:
+        """Keep the representations of a chunk of a step's images, view-major, detached.
 
-    def see(self, h_NF: torch.Tensor, num_views: int) -> None:
-        """Keep the representations of a chunk of the step's images, view-major, detached."""
+        What an earlier step has shown that was broken off is forgotten.
+        """
+        if step != self._seen_step:
+            self._seen.clear()
+        self._seen_step = step
         self._seen.append(h_NF.detach().unflatten(0, (num_views, -1)))
 
     def learn(self, label_B: torch.Tensor, total_steps: int | None) -> None:

@@ -86,7 +86,7 @@ def spread_queries(label_N: Int64, most: int) -> Int64:
 
 def save(run_dir: Path, pictures: Pictures) -> Path:
     """Write the file, whole; return its path."""
-    arrays: dict[str, Array] = {
+    arrays: dict[str, Any] = {
         "image": pictures.image_NHWC,
         "label": pictures.label_N,
         "query": pictures.query_Q,
@@ -169,7 +169,8 @@ def _check(pictures: Pictures) -> None:
     """
     num_images, num_found = len(pictures.image_NHWC), len(pictures.found_MHWC)
     num_classes = len(pictures.facts["class_names"])
-    shapes = {"label": (pictures.label_N.shape, (num_images,))}
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    shapes["label"] = (pictures.label_N.shape, (num_images,))
     shapes["found_label"] = (pictures.found_label_M.shape, (num_found,))
     shapes["confusion"] = (pictures.confusion_CC.shape, (num_classes, num_classes))
     places = {"query": (pictures.query_Q, num_images)}

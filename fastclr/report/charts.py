@@ -175,8 +175,8 @@ def bars_chart(
     axes.invert_yaxis()
     axes.set(xlabel=x_label)
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
-    _legend(axes)
-    return _svg(figure, name, f"{x_label}: {', '.join(series)}")
+    add_legend(axes)
+    return svg(figure, name, f"{x_label}: {', '.join(series)}")
 
 
 def grid_chart(name: str, labels: Sequence[str], value_GG: np.ndarray, *, title: str) -> Markup:
@@ -209,7 +209,7 @@ def grid_chart(name: str, labels: Sequence[str], value_GG: np.ndarray, *, title:
     axes.set(xlim=(-0.5, len(labels) - 0.5), ylim=(len(labels) - 0.5, -0.5), title=title)
     axes.title.set_color(_INK)
     axes.title.set_fontsize(10)
-    return _svg(figure, name, title)
+    return svg(figure, name, title)
 
 
 def standalone(chart: Markup) -> str:

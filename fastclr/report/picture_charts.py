@@ -17,7 +17,7 @@ from fastclr.report.template import Markup
 
 _SIDE, _MARGIN = 1000, 20  # of a map; the page's script knows the first
 _MOST_CELLS = 30  # classes of a matrix of cells; more are pixels
-_FLOOR = 1e-12
+_FLOOR = 1e-10  # of the largest singular value; what lies below is rounding
 
 
 def map_chart(
@@ -82,7 +82,8 @@ def confusion_chart(name: str, confusion_CC: np.ndarray, class_names: Sequence[s
     share_CC = confusion_CC / np.maximum(confusion_CC.sum(1, keepdims=True), 1)
     if len(class_names) > _MOST_CELLS:
         return _confusion_pixels(share_CC)
-    num, cell, left = len(class_names), 40, 150
+    num, cell = len(class_names), 40
+    left = 16 + 9 * max(len(_short(class_name)) for class_name in class_names)
     parts = []
     for k, class_name in enumerate(class_names):
         label, middle = escape(_short(class_name)), k * cell + cell / 2
@@ -132,7 +133,7 @@ def _short(text: str, most: int = 16) -> str:
 def spectrum_chart(
     name: str, spectra: Mapping[str, np.ndarray], *, relative: bool, y_label: str
 ) -> Markup:
-    """Draw falling singular values on a logarithmic axis.
+    """Draw falling singular values on a logarithmic axis, as far as they are above rounding.
 
     Args:
         name: Chart name, unique on the page.
@@ -144,12 +145,13 @@ def spectrum_chart(
     for (label, value_K), color in zip(
         spectra.items(), charts.series_colors(len(spectra)), strict=True
     ):
-        scale = value_K[0] if relative and value_K[0] > 0 else 1.0
-        marker = "o" if len(value_K) < 3 else ""
-        place_K = np.arange(1, len(value_K) + 1)
-        shown_K = np.maximum(value_K / scale, _FLOOR)
+        shown_K = value_K[value_K > _FLOOR * value_K[0]] / (value_K[0] if relative else 1.0)
+        marker = "o" if len(shown_K) < 3 else ""
+        place_K = np.arange(1, len(shown_K) + 1)
         axes.plot(place_K, shown_K, color=color, linewidth=2, marker=marker, label=label)
+    widest = max(len(value_K) for value_K in spectra.values())
     axes.set(xlabel="place of the singular value", ylabel=y_label, yscale="log")
+    axes.set_xlim(1 - 0.04 * widest, 1.04 * widest)
     axes.minorticks_off()
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     charts.add_legend(axes)

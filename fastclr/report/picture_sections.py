@@ -12,7 +12,7 @@ from fastclr.report import picture_templates as templates
 from fastclr.report.template import Markup, fill, fill_each
 
 _MOST_CONFUSIONS = 12
-_COLUMNS = ("layer", "silhouette", "effective rank", "RankMe", "alignment", "uniformity")
+_NUMBERS = ("silhouette", "effective rank", "RankMe", "alignment", "uniformity")
 
 
 def sections(pictures: Pictures) -> list[Markup]:
@@ -47,10 +47,10 @@ def _maps(pictures: Pictures) -> Markup:
             _map(pictures, f"map-{k}-{method}", name, method)
             for method in pictures.layers[name].points
         ]
-        if k == 0 and maps:
-            maps.insert(0, _mosaic(pictures, name, [palette[label] for label in label_N]))
         layers.append(fill(templates.LAYER, name=title, maps=Markup("".join(maps))))
-    rows = [(name, *_cells(layer)) for name, layer in pictures.layers.items()]
+    first = next(iter(pictures.layers))
+    columns_of_cells = [_cells(layer) for layer in pictures.layers.values()]
+    rows = zip(_NUMBERS, *columns_of_cells, strict=True)
     return fill(
         templates.MAPS,
         num_points=f"{len(label_N):,}",
@@ -59,7 +59,8 @@ def _maps(pictures: Pictures) -> Markup:
         columns=columns,
         legend=fill_each(templates.LEGEND_ITEM, legend),
         layers=Markup("".join(layers)),
-        numbers=template.table(_COLUMNS, rows),
+        mosaic=_mosaic(pictures, first, [palette[label] for label in label_N]),
+        numbers=template.table(("", *pictures.layers), rows),
     )
 
 

@@ -105,12 +105,14 @@ image, in every map at once; point at a class to see it alone.</p>
 <ul class="legend">$legend</ul>
 $layers
 <div class="peek" hidden><canvas width="96" height="96"></canvas><span></span></div>
-<div class="panel" style="padding: 6px 18px; margin-top: 16px"><div class="scroll">$numbers</div>
+<h3>Images and numbers</h3><div class="pair">$mosaic
+<div class="panel"><div class="scroll">$numbers</div>
 <p class="note">Silhouette: how much nearer images are to their own class than to the next one, by
 cosine distance (&minus;1 to 1). Effective rank: exp of the entropy of the covariance's singular
 values. RankMe: the same of the features, mean included. Alignment: squared distance of two views of
 an image on the unit sphere (0 to 4, small is good). Uniformity: how evenly images spread on it
-(&minus;8 to 0, low is good). The last two are what the loss works on in z.</p></div></section>""")
+(&minus;8 to 0, low is good). The last two are what the loss works on in z.</p></div></div>
+</section>""")
 
 LEGEND_ITEM = Template("""<li data-class="$number"><i style="background:$color"></i>$name</li>""")
 
@@ -147,8 +149,8 @@ SPECTRA = Template("""<section><h2>Singular spectra</h2>
 <div class="pair">
 <figure class="panel">$layers
 <figcaption>Singular values of the covariance of each layer on the test images, divided by the
-largest. A cliff means that the layer has collapsed to fewer dimensions than it has
-(Jing et al. 2022).</figcaption></figure>
+largest. A line ends where nothing varies any more: a cliff, or an end before the layer's width,
+means that it has collapsed to fewer dimensions (Jing et al. 2022).</figcaption></figure>
 $weights
 </div></section>""")
 

@@ -99,13 +99,14 @@ def test_chunks_are_the_images_of_the_labels():
     label_B = torch.arange(16) % 4
     whole.step(h_NF, label_B.repeat(2), 9)
     for chunk_VbF in h_NF.unflatten(0, (2, 16)).split([5, 11], dim=1):
-        cut.see(chunk_VbF.flatten(0, 1).requires_grad_(), 2)
+        cut.see(chunk_VbF.flatten(0, 1).requires_grad_(), 2, 0)
     cut.learn(label_B, 9)
     torch.testing.assert_close(whole.classifier.weight, cut.classifier.weight)
-    cut.see(h_NF, 2)  # of a step that was broken off
-    cut.begin()
-    cut.see(h_NF, 2)
+    cut.see(h_NF[:9], 1, 1)  # of a step that was broken off
+    cut.see(h_NF, 2, 2)
     cut.learn(label_B, 9)
+    whole.step(h_NF, label_B.repeat(2), 9)
+    torch.testing.assert_close(whole.classifier.weight, cut.classifier.weight)
 
 
 def test_it_goes_on_where_it_was(tmp_path):
