@@ -447,7 +447,7 @@ def test_processes_account_for_a_real_run_and_survive_what_fails(
     assert 0.95 <= account.accounted <= 1.01
     assert 0 < raw["save"]["hashes"] < raw["save"]["all"]
     found = run(100)
-    assert len(found["seconds"]) >= 3 and found["images"] == 16
+    assert len(found["seconds"]) >= 2 and found["images"] == 16
     assert run(100, config=replace(config, global_batch_size=4096))["problem"].startswith("refused")
     large = replace(config, head=HeadConfig(hidden_dim=10**7, output_dim=4096))  # 150 GiB
     assert run(100, config=large)["problem"] == "out of memory"
