@@ -20,7 +20,7 @@ from throughput_parts.jobs import Job
 from throughput_parts.marks import Marks
 
 WARM_UPS = 3  # steps: the first compiles and chooses algorithms
-LEAST = 3  # steps of a trial, however short
+LEAST = 2  # steps of a trial, however long one takes
 FOR_EVER = 10**9
 BLOCK, ROUNDS = 10, 2  # steps of a block of the account, of each kind, and how often
 MARKED, PLAIN, RESIDENT = "marked", "plain", "resident"
@@ -32,7 +32,10 @@ def trial(job: Job) -> dict[str, Any]:
     marks = Marks(run.trainer.device)
 
     def plan() -> observing.Plan:
-        for _ in range(WARM_UPS):
+        enough = time.perf_counter() + 2 * job.seconds
+        for k in range(WARM_UPS):
+            if k and collectives.any_rank(time.perf_counter() >= enough):
+                break  # steps are long: little of one is a start's
             yield "warm-up", False
         _synchronize(run)
         end, count = time.perf_counter() + job.seconds, 0

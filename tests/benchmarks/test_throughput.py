@@ -58,6 +58,7 @@ def test_each_moment_belongs_to_the_innermost_stage(
         passes(8)
         marks.switch("later")
         passes(16)
+    passes(0.5)  # nobody's again
     marks.switch("end")
     passes(32)
     marks.lap("plain", False)
@@ -65,10 +66,10 @@ def test_each_moment_belongs_to_the_innermost_stage(
         passes(64)
     marks.lap("open", True)
     passes(128)
-    found = {"not explained": 1, "outer": 10, "inner": 4, "later": 16, "end": 32}
+    found = {"not explained": 1.5, "outer": 10, "inner": 4, "later": 16, "end": 32}
     assert marks.seconds("marked") == [found]
     assert marks.seconds("plain") == [{"not explained": 64}]
-    assert marks.wall("marked") == [63] and marks.wall("plain") == [64]
+    assert marks.wall("marked") == [63.5] and marks.wall("plain") == [64]
     assert marks.seconds("open") == []
 
 
@@ -110,11 +111,12 @@ def planted(setting: Any) -> float:
     return speed * (0.8 if setting.chunks == 4 else 1) * (0.9 if setting.compile else 1)
 
 
-@pytest.mark.parametrize("drift", [0.0, 0.01])
+@pytest.mark.parametrize("drift", [1.0, 0.5])
 def test_halving_finds_what_was_planted_within_the_budget(part: Import, drift: float) -> None:
+    """Also on a machine that is half as fast in each rung as in the one before."""
     search, setting = part("search"), part("settings").Setting
     base = setting(loader_threads=2, torch_threads=2)
-    machine = Machine(lambda s: planted(s) * (1 - drift * machine.now / 10), search.Outcome)
+    machine = Machine(lambda s: planted(s) * drift ** machine.asked.count(base), search.Outcome)
     found = search.search(
         base, AXES, machine.measure, budget_seconds=250, first_seconds=2, now=lambda: machine.now
     )
@@ -123,7 +125,8 @@ def test_halving_finds_what_was_planted_within_the_budget(part: Import, drift: f
     assert machine.now <= 250 and not found.left_out
     refused = [t for t in found.trials if t.outcome.problem]
     assert {t.setting.chunks for t in refused} == {2} and refused[0].outcome.problem
-    assert all(t.ratio == 0 for t in refused)
+    ratios = [planted(t.setting) / planted(base) for t in found.trials]
+    assert [t.ratio for t in found.trials] == pytest.approx(ratios)
     assert len(machine.asked) < 288 / 10  # settings of the full grid
     # Later rungs are of what helped, and measured longer.
     late = [t.setting for t in found.trials if t.rung > 0 and t.setting != base]
@@ -444,7 +447,7 @@ def test_processes_account_for_a_real_run_and_survive_what_fails(
     assert 0.95 <= account.accounted <= 1.01
     assert 0 < raw["save"]["hashes"] < raw["save"]["all"]
     found = run(100)
-    assert len(found["seconds"]) >= 3 and found["images"] == 16
+    assert len(found["seconds"]) >= 2 and found["images"] == 16
     assert run(100, config=replace(config, global_batch_size=4096))["problem"].startswith("refused")
     large = replace(config, head=HeadConfig(hidden_dim=10**7, output_dim=4096))  # 150 GiB
     assert run(100, config=large)["problem"] == "out of memory"
