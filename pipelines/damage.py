@@ -11,7 +11,7 @@ import numpy as np
 from fastclr.config import ConfigError
 from pipelines.decode import DamagedImage, check_header
 from pipelines.image_set import ImageSet
-from pipelines.order import SampleOrder
+from pipelines.order import Int64, SampleOrder
 from pipelines.shards import DamagedSample, ShardError
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,17 @@ class GoodSamples:
             except DamagedSample as error:
                 self._damage.note(sample_id, error)
         raise ShardError(f"all {num_positions} samples are damaged: restore the data.")
+
+    def take_all(self, epoch: int, positions: Int64, sample_ids: Int64) -> list[tuple[int, Any]]:
+        """Do :meth:`take` for several positions, as far as possible at once."""
+        images: list[Any] = [None] * len(sample_ids)
+        if not self._takes_bytes:
+            images = self._set.images(sample_ids)
+        wanted = zip(positions.tolist(), sample_ids.tolist(), images, strict=True)
+        return [
+            self.take(epoch, position, sample_id) if image is None else (sample_id, image)
+            for position, sample_id, image in wanted
+        ]
 
     def _image(self, sample_id: int) -> Any:
         """Return one image, checked as far as its form allows."""

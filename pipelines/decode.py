@@ -20,10 +20,11 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 _JPEG_START = b"\xff\xd8"
 # kornia_rs decodes small PNGs in a sixth of Pillow's time, but holds the GIL meanwhile.
 SMALL = 64 * 64  # pixels
+SMALL_BYTES = 2**16  # of a file with so few pixels: they are 12 kB, and the rest may be a profile
 # MPO: what Pillow calls the JPEG of a camera that appends a second picture.
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_PNG = b"\x89PNG\r\n\x1a\n"
-_RGB_8 = b"\x08\x02\x00\x00\x00"  # 8 bits, RGB, deflate, five filters, not interlaced
+PNG = b"\x89PNG\r\n\x1a\n"
+RGB_8 = b"\x08\x02\x00\x00\x00"  # 8 bits, RGB, deflate, five filters, not interlaced
 
 
 class DamagedImage(ValueError):
@@ -75,7 +76,7 @@ def check_and_decode(data: bytes) -> tuple[str, Pixels]:
         DamagedImage: See :func:`check_image`.
     """
     with _damage_named():
-        if data[:8] == _PNG:
+        if data[:8] == PNG:
             _check_png(data)
             if (pixels := _decode_plain_png(data, MAX_PIXELS)) is not None:
                 return "png", pixels
@@ -194,7 +195,7 @@ def _decode_plain_png(data: bytes, most_pixels: int) -> Pixels | None:
     kornia_rs checks the sums of header and pixels, which Pillow does not all, and raises for less:
     no end, unknown chunks. What it refuses is judged by Pillow, which says why.
     """
-    if data[:8] != _PNG or data[12:16] != b"IHDR" or data[24:29] != _RGB_8:
+    if data[:8] != PNG or data[12:16] != b"IHDR" or data[24:29] != RGB_8:
         return None
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     _check_size(width, height)

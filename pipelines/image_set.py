@@ -31,6 +31,15 @@ class ImageSet(Protocol):
         """
         ...
 
+    def images(self, sample_ids: Int64) -> list[Pixels | None]:
+        """Decode at once what is decoded faster so; None for each image to be asked for by itself.
+
+        Raises:
+            ShardError: If a shard's index is wrong.
+            StorageError: If a remote shard cannot be fetched in time.
+        """
+        ...
+
     def read(self, sample_id: int) -> bytes:
         """Return an encoded image.
 

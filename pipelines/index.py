@@ -81,6 +81,10 @@ class Index:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def name(self, row: int) -> str:
+        """Return the name that a row's image has in the tar."""
+        return f"{self.keys[row]}.{self.extensions[row]}"
+
     def sample(self, row: int) -> Sample:
         """Return one row."""
         height, width = self.size_N2[row].tolist()

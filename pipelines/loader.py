@@ -215,8 +215,8 @@ class Loader:
             uint8 (V, n, size, size, 3), and the ids of the images that were taken: others where
             damaged ones were replaced.
         """
+        taken = self._samples.take_all(epoch, positions, sample_ids)
         wanted = list(zip(positions.tolist(), sample_ids.tolist(), strict=True))
-        taken = [self._samples.take(epoch, *place) for place in wanted]
         while True:
             sample_ids = np.array([sample_id for sample_id, _ in taken], np.int64)
             images: list[Any] = [image for _, image in taken]

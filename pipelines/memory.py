@@ -83,6 +83,10 @@ class InMemory:
             raise DamagedSample(self.place(sample_id), self._damaged[sample_id])
         return self._images[sample_id]
 
+    def images(self, sample_ids: Int64) -> list[Pixels | None]:
+        """Return images; None for each that was damaged."""
+        return [None if i in self._damaged else self._images[i] for i in sample_ids.tolist()]
+
     def read(self, sample_id: int) -> bytes:
         """Refuse: what is here is decoded, and decoding it again would be slower for nothing."""
         raise ConfigError(

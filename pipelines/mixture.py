@@ -252,6 +252,14 @@ class Mixture:
         one, own_id = self._find(sample_id)
         return one[own_id]
 
+    def images(self, sample_ids: Int64) -> list[Pixels | None]:
+        """Return images; None for each to be asked for by itself."""
+        out: list[Pixels | None] = [None] * len(sample_ids)
+        for one, at, own_ids in self._by_set(sample_ids):
+            for place, image in zip(at.tolist(), one.images(own_ids), strict=True):
+                out[place] = image
+        return out
+
     def read(self, sample_id: int) -> bytes:
         """Return an encoded image."""
         one, own_id = self._find(sample_id)

@@ -7,6 +7,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastclr.config import ConfigError
-from pipelines.decode import DamagedImage, Pixels, decode
+from pipelines.decode import SMALL, SMALL_BYTES, DamagedImage, Pixels, decode
 from pipelines.errors import ShardError, StorageError
 from pipelines.index import BLOCK, Index, Kept, Sample, header_problem
 from pipelines.order import WINDOW, BlockOrder, Int64
@@ -190,14 +191,14 @@ class ShardSet:
     def sizes(self, sample_ids: Int64) -> npt.NDArray[np.int32]:
         """Return heights and widths in pixels, int32 (n, 2)."""
         out = np.empty((len(sample_ids), 2), np.int32)
-        for index, at, rows in self._by_shard(sample_ids):
+        for _, index, at, rows in self._by_shard(sample_ids):
             out[at] = index.size_N2[rows]
         return out
 
     def labels(self, sample_ids: Int64) -> Int64:
         """Return labels, int64 (n,); -1 where there is none."""
         out = np.empty(len(sample_ids), np.int64)
-        for index, at, rows in self._by_shard(sample_ids):
+        for _, index, at, rows in self._by_shard(sample_ids):
             out[at] = index.label_N[rows]
         return out
 
@@ -235,8 +236,7 @@ class ShardSet:
                 f"{self.place(sample_id)}: {max(0, len(data) - BLOCK)} of {num_bytes} bytes are "
                 "there. The shard was cut after it was opened; restore it or pack again."
             )
-        name = f"{index.keys[row]}.{index.extensions[row]}"
-        if problem := header_problem(data[:BLOCK], name, num_bytes):
+        if problem := header_problem(data[:BLOCK], index.name(row), num_bytes):
             raise ShardError(
                 f"{self.place(sample_id)}: {problem}. The tar is not as it was packed: restore it "
                 "or pack again."
@@ -263,6 +263,47 @@ class ShardSet:
             )
         return pixels
 
+    def images(self, sample_ids: Int64) -> list[Pixels | None]:
+        """Decode the small PNGs among some images at once, without the GIL.
+
+        Returns:
+            uint8 (H, W, 3) RGB, what `shard_set[i]` returns; None for each image that is no small
+            PNG, or one with anything odd about it: `shard_set[i]` judges it.
+
+        Raises:
+            ShardError: If a shard's index is wrong.
+            StorageError: If a remote shard cannot be fetched in time, an OSError.
+        """
+        out: list[Pixels | None] = [None] * len(sample_ids)
+        files: list[_Descriptor] = []  # one a sample; held until all are read
+        places: list[int] = []
+        names: list[str] = []
+        columns: list[tuple[Int64, Int64, npt.NDArray[np.int32]]] = []
+        for number, index, at, rows in islice(self._by_shard(sample_ids), MOST_FILES):
+            keep = _may_be_small_pngs(index, rows)
+            at, rows = at[keep], rows[keep]
+            if not len(rows):
+                continue
+            try:
+                file = self._files[number]
+            except StorageError:
+                raise
+            except OSError:
+                continue  # said of the one image that is asked for
+            files += [file] * len(rows)
+            places += at.tolist()
+            names += [index.name(row) for row in rows.tolist()]
+            columns.append((index.offset_N[rows], index.num_bytes_N[rows], index.size_N2[rows]))
+        if places:
+            from pipelines.png_numba import read_small_pngs  # not needed for other images
+
+            numbers = [file.fileno() for file in files]
+            offset_N, num_bytes_N, size_N2 = map(np.concatenate, zip(*columns, strict=True))
+            images = read_small_pngs(numbers, offset_N, num_bytes_N, names, size_N2)
+            for place, image in zip(places, images, strict=True):
+                out[place] = image
+        return out
+
     def verify(self, progress: Callable[[int], None] = lambda _: None) -> None:
         """Read every tar and compare its sha256 with the manifest.
 
@@ -288,15 +329,15 @@ class ShardSet:
         number = bisect_right(self._bounds, i)
         return number, i - (self._bounds[number - 1] if number else 0)
 
-    def _by_shard(self, sample_ids: Int64) -> Iterator[tuple[Index, Int64, Int64]]:
-        """Yield, for each shard of some samples: its index, their places here, their rows there."""
+    def _by_shard(self, sample_ids: Int64) -> Iterator[tuple[int, Index, Int64, Int64]]:
+        """Yield, for each shard of some samples: it, its index, their places here, their rows."""
         ids = np.asarray(sample_ids, np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
             raise IndexError(f"samples {ids.min()} to {ids.max()} of {len(self)}")
         number_n = np.searchsorted(self._ends, ids, "right")
         for number in np.unique(number_n).tolist():
             at = np.flatnonzero(number_n == number)
-            yield self._indexes[number], at, ids[at] - self._firsts[number]
+            yield number, self._indexes[number], at, ids[at] - self._firsts[number]
 
     def _all_indexes(self) -> Iterator[Index]:
         return (self._indexes[number] for number in range(self.num_shards))
@@ -308,11 +349,22 @@ class ShardSet:
         return f"{self._storage.file(number)}, key {index.keys[row]} (from {index.sources[row]})"
 
 
+def _may_be_small_pngs(index: Index, rows: Int64) -> npt.NDArray[np.bool_]:
+    """Tell which rows are PNGs, by their names, of few pixels and bytes."""
+    are_pngs = [index.extensions[row].endswith("png") for row in rows.tolist()]
+    few_pixels = index.size_N2[rows].astype(np.int64).prod(1) <= SMALL
+    return few_pixels & (index.num_bytes_N[rows] <= SMALL_BYTES) & np.array(are_pngs)
+
+
 class _Descriptor:
     """An open file, closed when the last thread that uses it lets go."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        """Return the descriptor's number, valid as long as this object."""
+        return self._descriptor
 
     def __del__(self) -> None:
         os.close(self._descriptor)

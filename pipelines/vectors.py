@@ -56,6 +56,19 @@ def bytes_at(context, address):
     return pointer(address), generate
 
 
+@intrinsic
+def call_c(context, address, arguments):
+    """Call a C function of up to 64-bit integers and pointers; of its answer trust what it has."""
+
+    def generate(context, builder, signature, values):
+        address, values = values
+        values = cgutils.unpack_tuple(builder, values, signature.args[1].count)
+        function = ir.FunctionType(_i64, [_i64] * len(values))
+        return builder.call(builder.inttoptr(address, function.as_pointer()), values)
+
+    return types.int64(types.int64, types.UniTuple(types.int64, arguments.count)), generate
+
+
 def _pointer(context, builder, array_type, array, index):
     """Point at an element of an array of one dimension."""
     data = context.make_array(array_type)(context, builder, array).data

@@ -44,6 +44,13 @@ def backend() -> Dali:
     return Dali([POLICY, POLICY], CPU, 1)
 
 
+def as_on_cuda(policies: list[SimCLRPolicy]) -> Dali:
+    """A back-end whose graph crops, as on CUDA, though on the CPU."""
+    made = Dali(policies, CPU, 1)
+    made._cropped = [True] * len(policies)
+    return made
+
+
 def drawn(images: list[bytes], seed: int = 0) -> list[ViewParams]:
     sizes_N2 = np.array([decode(image).shape[:2] for image in images], np.int32)
     positions = np.arange(len(images))
@@ -115,9 +122,7 @@ def test_every_format_has_the_pixels_of_decode(picture: Picture, encode: Encode)
         assert size_of(fed) == expected.shape[:2], name
         pipeline = Pipeline(1, 1, device_id=None, prefetch_queue_depth=1)
         with pipeline:
-            (view,) = graph("cpu", [False], 8, (1, 1))
-            # The decoder stands before the crop.
-            pipeline.set_outputs(view.source.inputs[0].source.inputs[0])
+            pipeline.set_outputs(*graph("cpu", [False], [False], 8, (1, 1)))
         pipeline.build()
         pipeline.feed_input("encoded", [np.frombuffer(fed, np.uint8)])
         assert np.array_equal(np.array(pipeline.run()[0].at(0)), expected), name
@@ -204,16 +209,17 @@ def test_a_size_beyond_the_limit_is_refused_before_any_pixel(backend: Dali, enco
     assert psutil.Process().memory_info().rss - before < side * side
 
 
-def test_a_failure_that_is_nobodys_damage_is_not_hidden(
-    backend: Dali, picture: Picture, encode: Encode
-) -> None:
+def test_a_failure_that_is_nobodys_damage_is_not_hidden(picture: Picture, encode: Encode) -> None:
+    backend = as_on_cuda([POLICY, POLICY])
     images = [encode(picture(20, 20, 1), "JPEG")]
     params = drawn([encode(picture(90, 90, 1), "JPEG")])  # a crop beyond the image
     params[0].box_N4[:] = (0, 0, 90, 90)
     with pytest.raises(RuntimeError), pytest.warns(UserWarning):
         backend(images, params)
     good = drawn(images)
-    assert torch.equal(backend(images, good), Dali([POLICY, POLICY], CPU, 1)(images, good))
+    assert torch.equal(backend(images, good), as_on_cuda([POLICY, POLICY])(images, good))
+    with pytest.raises(ValueError, match="a crop must lie inside"):
+        Dali([POLICY, POLICY], CPU, 1)(images, params)
 
 
 # Batches.
@@ -229,6 +235,18 @@ def test_batches_of_any_length_from_several_threads(
         made = list(pool.map(lambda k: backend(*batches[k % 5]), range(40)))
     assert all(torch.equal(views, expected[k % 5]) for k, views in enumerate(made))
     assert built == sorted(set(built)), "one pipeline, which grows"
+
+
+def test_crops_of_the_graph_are_near_those_of_the_shared_kernel(
+    batches: list[tuple[list[bytes], list[ViewParams]]],
+) -> None:
+    for images, params in batches:
+        no = np.zeros(len(images), bool)
+        params = [replace(p, jitter_N=no, gray_N=no, blur_N=no) for p in params]
+        here = Dali([POLICY, POLICY], CPU, 1)(images, params)
+        there = as_on_cuda([POLICY, POLICY])(images, params)
+        difference = (here.int() - there.int()).abs().float()
+        assert 0 < difference.mean() < 0.3 and difference.max() <= 12
 
 
 def test_views_of_two_policies(picture: Picture, encode: Encode) -> None:
@@ -288,7 +306,7 @@ def test_affine_colours_are_the_matrices_applied_to_the_crops(
     views, exact = Dali([affine, POLICY], CPU, 1)(images, plain)
     assert torch.equal(exact, Dali([POLICY, POLICY], CPU, 1)(images, plain)[1])
     no = np.zeros(12, bool)
-    (crops,) = Dali([POLICY], CPU, 1)(images, [replace(plain[0], jitter_N=no, gray_N=no)])
+    (crops,) = as_on_cuda([POLICY])(images, [replace(plain[0], jitter_N=no, gray_N=no)])
     a_N33, b_N33 = matrices(params[0])
     levels = crops.numpy().astype(float)
     expected = np.einsum("nij,nhwj->nhwi", a_N33, levels)
@@ -307,7 +325,7 @@ def test_affine_views_are_blurred_as_others_are(picture: Picture, encode: Encode
     assert params[0].blur_N.any()
     assert torch.equal(
         Dali([affine, affine], CPU, 1)(images, params),
-        Dali([POLICY, POLICY], CPU, 1)(images, params),
+        as_on_cuda([POLICY, POLICY])(images, params),
     )
 
 
@@ -336,7 +354,10 @@ def described(device: str) -> dict[str, tuple[str, list[str]]]:
     """Operator, inputs and arguments of what DALI was told, by output; nothing is built."""
     pipeline = Pipeline(4, 1, device_id=0 if device == "gpu" else None)
     with pipeline:
-        waiting = [view.source for view in graph(device, [False, False, True], 64, (3000, 4000))]
+        waiting = [
+            view.source
+            for view in graph(device, [False, False, True], [True] * 3, 64, (3000, 4000))
+        ]
     found = {}
     while waiting:
         operator = waiting.pop()

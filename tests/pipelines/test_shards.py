@@ -78,6 +78,7 @@ def refuse_at_first_use(packed: Path, *parts: str) -> None:
         lambda: whole[3],
         lambda: whole.read(0),
         lambda: whole.sizes(np.array([20, 2])),
+        lambda: whole.images(np.array([20, 2])),
         lambda: whole.labels(np.array([7])),
         lambda: whole.label_N,
         lambda: whole.size_N2,
