@@ -102,6 +102,11 @@ def main(
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     ranks = ranks or torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    if ranks < 2:
+        raise SystemExit(
+            f"{ranks} rank has nobody to scale with: this machine has one core and no two GPUs. "
+            "Give --ranks 2 to let two share it, which tells of communication, not of efficiency."
+        )
     config = RECIPES["cifar10-cpu"]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

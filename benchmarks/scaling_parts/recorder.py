@@ -178,7 +178,7 @@ def _caller(function: str) -> str:
 
 
 class Exposed(NamedTuple):
-    """What a part of a step's communication cost a rank, medians over steps, means over ranks.
+    """What a part of a step's communication cost a rank, medians over steps and ranks.
 
     Attributes:
         seconds: It stood still.
@@ -206,27 +206,23 @@ def exposed(ranks: Sequence[Sequence[Sequence[Call]]]) -> dict[str, Exposed]:
             starts are compared.
     """
     sums: dict[str, list[tuple[float, float, int, int]]] = defaultdict(list)
-    parts = sorted({call.part for steps in ranks for calls in steps for call in calls})
-    on_gpu = all(call.started == 0.0 for steps in ranks for calls in steps for call in calls)
+    every = [call for steps in ranks for calls in steps for call in calls]
+    clocked = {call.part for call in every if call.started > 0.0}
     for step in zip(*ranks, strict=True):
         last = [max(call.started for call in calls) for calls in zip(*step, strict=True)]
         for calls in step:
-            total = dict.fromkeys(parts, (0.0, 0.0, 0, 0))
-            for call, everyone in zip(calls, last, strict=True):
+            total = dict.fromkeys({call.part for call in every}, (0.0, 0.0, 0, 0))
+            for call, latest in zip(calls, last, strict=True):
                 seconds, waiting, num_bytes, count = total[call.part]
+                stood = call.ended - call.waited_from
+                waited = min(max(latest - call.waited_from, 0.0), stood)
                 total[call.part] = (
-                    seconds + call.ended - call.waited_from,
-                    waiting
-                    + min(max(everyone - call.waited_from, 0.0), call.ended - call.waited_from),
-                    num_bytes + call.num_bytes,
-                    count + 1,
-                )
+                    seconds + stood, waiting + waited, num_bytes + call.num_bytes, count + 1,
+                )  # fmt: skip
             for part, values in total.items():
                 sums[part].append(values)
-    found = {}
-    for part, values in sums.items():
-        seconds, waiting, num_bytes, calls = (
-            median(column) for column in zip(*values, strict=True)
-        )
-        found[part] = Exposed(seconds, None if on_gpu else waiting, num_bytes, calls)
+    found: dict[str, Exposed] = {}
+    for part in sorted(sums):
+        seconds, waiting, num_bytes, calls = map(median, zip(*sums[part], strict=True))
+        found[part] = Exposed(seconds, waiting if part in clocked else None, num_bytes, calls)
     return found

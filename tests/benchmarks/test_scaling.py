@@ -174,6 +174,8 @@ def test_waiting_is_told_from_transfer(part: Import) -> None:
     # Begun at 1, but the rank computed on until 4.5: only then it stood still.
     ahead = recorder.exposed([[[call(1.0, 5.0, 4.5)]], [[call(4.0, 5.0)]]])["loss rows"]
     assert (ahead.seconds, ahead.waiting) == (0.75, 0.0)
+    on_gpu = recorder.exposed([[[call(0.0, 2.0)]], [[call(0.0, 4.0)]]])["loss rows"]
+    assert (on_gpu.seconds, on_gpu.waiting, on_gpu.transfer) == (3.0, None, 3.0)
 
 
 def test_arithmetic_comes_from_single_ranks(part: Import) -> None:
@@ -187,6 +189,22 @@ def test_arithmetic_comes_from_single_ranks(part: Import) -> None:
     }
     alone = forecasts.alone_of(found, small, large, many)
     assert alone == pytest.approx((2.0, 1.0, 2e-3))
+
+
+def test_worlds_and_their_cores(part: Import, monkeypatch: pytest.MonkeyPatch) -> None:
+    part("model")  # beside which the script lies
+    for name in ("OMP_NUM_THREADS", "PYTORCH_NVML_BASED_CUDA_CHECK"):  # which it sets
+        monkeypatch.setenv(name, "1")
+    script = importlib.import_module("scaling")
+    found = script.worlds(3, 4)
+    assert [(s.ranks, s.images) for s in found["weak"]] == [(1, 4), (2, 4), (3, 4)]
+    assert [(s.ranks, s.images) for s in found["strong"]] == [(1, 12), (2, 6), (3, 4)]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 7, 8})
+    assert script.slots(2) == [{2, 3}, {5, 7}]
+    assert script.slots(5) == [{2}, {3}, {5}, {7}, {8}]
+    assert script.slots(6)[5] == {2}  # one core too few
+    with pytest.raises(SystemExit, match="1 rank has nobody"):
+        script.main(ranks=1)
 
 
 def test_a_small_run(tmp_path: Path) -> None:
