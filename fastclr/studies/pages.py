@@ -154,7 +154,7 @@ def _provenance(study: JSON) -> str:
         f"{' and '.join(study['measured'])}; {images['num_train']} training and "
         f"{images['num_test']} test images of {images['name']}; accuracies in per cent. "
         f"{study['protocol']}"
-    )
+    ).strip()
 
 
 def _table_markdown(header: list[str] | tuple[str, ...], rows: list[list[str]]) -> str:

@@ -51,7 +51,7 @@ def summary(
         "scale": scale_name,
         "expects": scale.expects,
         "images": dict(images),
-        "protocol": PROTOCOL,
+        "protocol": "" if study.work == "histograms" else PROTOCOL,  # it has no probe
         "seeds": num_seeds,
         "runs": len(study.runs(scale, num_seeds)),
         "done": len(rows),
