@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from fastclr.config import ConfigError
+from fastclr.config import ConfigError, DataConfig
+from fastclr.data_sets import open_data
 from fastclr.studies.images import First, open_images
 from fastclr.studies.scales import TOY
-from pipelines.shards import ShardSet
 
 
 def test_only_the_first_images_are_there(toy, images):
-    whole = ShardSet(toy.train)
+    whole = open_data(str(toy.train), DataConfig())
     assert (len(whole), len(images.train), len(images.test)) == (128, 96, 64)
     assert all((images.train[i] == whole[i]).all() for i in (0, 50, 95))
     assert images.class_names == whole.class_names
@@ -25,7 +25,7 @@ def test_only_the_first_images_are_there(toy, images):
 
 
 def test_the_number_of_images_is_a_part_of_what_they_are(toy):
-    whole = ShardSet(toy.train)
+    whole = open_data(str(toy.train), DataConfig())
     assert First(whole, 96).digest != First(whole, 64).digest != whole.digest
 
 
