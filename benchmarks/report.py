@@ -60,7 +60,7 @@ def write(folder: Path) -> list[Path]:
     files = read_all(folder)
     made = [sections.overview(files, read_pages(folder)), *(make(files) for make in SECTIONS)]
     pictures = folder / PICTURES
-    pictures.mkdir(exist_ok=True)
+    pictures.mkdir(parents=True, exist_ok=True)
     written = []
     for picture in (picture for section in made for picture in section.pictures):
         written.append(pictures / f"{picture.name}.svg")
