@@ -52,7 +52,7 @@ def bar_chart(
     Returns:
         An `<svg>` element.
     """
-    figure, axes = charts._axes()
+    figure, axes = charts.new_axes()
     figure.set_size_inches(_WIDTH, _BAR * len(values) + _MARGIN)
     numbers = list(values.values())
     names = [textwrap.fill(key, _NAME_CHARACTERS) for key in values]
@@ -79,7 +79,7 @@ def bar_chart(
     axes.xaxis.set_minor_locator(NullLocator())
     axes.spines["bottom"].set_visible(False)
     axes.set_xlabel(label)
-    return charts._svg(figure, name, f"{label}: {', '.join(values)}")
+    return charts.svg(figure, name, f"{label}: {', '.join(values)}")
 
 
 def curve_chart(
@@ -102,7 +102,7 @@ def curve_chart(
     Returns:
         An `<svg>` element.
     """
-    figure, axes = charts._axes()
+    figure, axes = charts.new_axes()
     for (label, (x_N, y_N)), color in zip(series.items(), _colors(len(series)), strict=True):
         axes.plot(x_N, y_N, color=color, linewidth=2, marker="o", markersize=4, label=label)
     places = sorted({x for x_N, _ in series.values() for x in x_N})
@@ -115,8 +115,8 @@ def curve_chart(
         _frame(axes, [y for _, y_N in series.values() for y in y_N])
     _plain_numbers(axes)
     if len(series) > 1:
-        charts._legend(axes)
-    return charts._svg(figure, name, f"{y_label} over {x_label}: {', '.join(series)}")
+        charts.add_legend(axes)
+    return charts.svg(figure, name, f"{y_label} over {x_label}: {', '.join(series)}")
 
 
 def roofline_chart(
@@ -137,7 +137,7 @@ def roofline_chart(
     Returns:
         An `<svg>` element.
     """
-    figure, axes = charts._axes()
+    figure, axes = charts.new_axes()
     figure.set_size_inches(_WIDTH, 3.0 + 0.2 * len(kernels))
     for (label, kernel), color in zip(kernels.items(), _colors(len(kernels)), strict=True):
         axes.plot(
@@ -157,7 +157,7 @@ def roofline_chart(
     axes.legend(
         frameon=False, labelcolor=charts._INK, loc="lower left", bbox_to_anchor=(0, 1), fontsize=10
     )
-    return charts._svg(figure, name, f"roofline: {', '.join(kernels)}")
+    return charts.svg(figure, name, f"roofline: {', '.join(kernels)}")
 
 
 def standalone(svg: Markup, width: int = 640) -> str:
