@@ -18,7 +18,7 @@ from report_parts.section import PICTURES, STYLE, Section, html, markdown
 
 from fastclr.files import write_durably
 from fastclr.report import template
-from fastclr.report.curves import standalone
+from fastclr.report.charts import standalone
 from fastclr.report.template import Markup
 
 RESULTS = Path(__file__).with_name("results")
@@ -60,11 +60,11 @@ def write(folder: Path) -> list[Path]:
     files = read_all(folder)
     made = [sections.overview(files, read_pages(folder)), *(make(files) for make in SECTIONS)]
     pictures = folder / PICTURES
-    pictures.mkdir(exist_ok=True)
+    pictures.mkdir(parents=True, exist_ok=True)
     written = []
     for picture in (picture for section in made for picture in section.pictures):
         written.append(pictures / f"{picture.name}.svg")
-        write_durably(written[-1], standalone(picture.svg) + "\n")
+        write_durably(written[-1], standalone(picture.svg))
     for stale in set(pictures.glob("*.svg")) - set(written):
         stale.unlink()
     text = "\n".join([f"# {TITLE}\n\n{lead(files)}\n", *map(markdown, made)])

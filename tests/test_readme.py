@@ -35,6 +35,10 @@ SHORTENED = {
     "--out plane.md",
     "python benchmarks/kernels_aot.py": "python benchmarks/kernels_aot.py --match 'D=16$' --chips "
     "80 --out aot.md",
+    "python benchmarks/peers.py": "python benchmarks/peers.py --sides 32 --parts loss optimizer "
+    "--only lightly --calls 2 --out results/peers.jsonl",
+    "python benchmarks/report.py": "python benchmarks/report.py --results results",
+    "make bench-check": "python benchmarks/check.py --help",
     "make cifar10 MINUTES=24": f"{MAKE} cifar10 MINUTES=0.1 FLAGS='--global-batch-size 16'",
 }
 REPLACED = {"--minutes 10": "--minutes 0.1 --global-batch-size 16"}

@@ -160,19 +160,6 @@ def roofline_chart(
     return charts.svg(figure, name, f"roofline: {', '.join(kernels)}")
 
 
-def standalone(svg: Markup, width: int = 640) -> str:
-    """Return a chart as a file of its own, which follows the reader's colour scheme too."""
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="{_XLINK}" width="{width}" '
-    opening, rest = svg.split(">", 1)
-    return f"{opening.replace('<svg ', start, 1)}><style>{_COLORS}</style>{rest}"
-
-
-_XLINK = "http://www.w3.org/1999/xlink"
-_COLORS = """svg{--sans:system-ui,sans-serif;--muted:#5c6373;--line:#e2e5ec;--first:#4a4fdc;
---second:#0d9488;--third:#a4abba}@media(prefers-color-scheme:dark){svg{--muted:#9aa3b5;
---line:#2a303d;--first:#8f96ff;--second:#2dc4b2;--third:#6b7384}}"""
-
-
 def short(value: float) -> str:
     """Return a number in three digits with k, M, G or T."""
     for size, unit in _UNITS:

@@ -128,7 +128,7 @@ def test_every_kind_of_rows_is_drawn(results: Path) -> None:
         assert f"(report/{name}.svg)" in page and f'id="{name}"' in html
         picture = (results / "report" / f"{name}.svg").read_text()
         assert ET.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
-        assert "prefers-color-scheme:dark" in picture
+        assert "prefers-color-scheme: dark" in picture
 
 
 def test_the_html_needs_nothing_beside_it(results: Path) -> None:

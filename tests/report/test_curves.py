@@ -7,13 +7,13 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from fastclr.report.charts import standalone
 from fastclr.report.curves import (
     Kernel,
     bar_chart,
     curve_chart,
     roofline_chart,
     short,
-    standalone,
 )
 
 
