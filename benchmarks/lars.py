@@ -21,7 +21,7 @@ from typing import Any
 import timm
 import torch
 import tyro
-from harness import facts, interleaved, write_rows
+from harness import facts, interleaved, measurement, write_rows
 from torch import nn
 
 from fastclr.facts import now
@@ -145,6 +145,11 @@ def floors(numel: int) -> dict[str, Step]:
     return {FLOOR: norms_and_fused, TRIAD: lambda: torch.add(a, b, alpha=1e-9, out=c)}
 
 
+def whole_triads(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return times with the triad's for as many bytes as a step moves: 7 numbers, not 3."""
+    return seconds | {TRIAD: [s * 7 / 3 for s in seconds[TRIAD]]}
+
+
 def check(sizes: list[torch.Size]) -> None:
     """Check that all take the same step where their rule is the same; then a time means something.
 
@@ -170,31 +175,33 @@ def measure(model: str, rounds: int) -> list[dict[str, Any]]:
     numel = sum(size.numel() for size in sizes)
     check(sizes)
     steps = {name: make(groups(sizes)) for name, make in CONTENDERS.items()}
-    seconds = interleaved(steps | floors(numel), rounds)
-    seconds[TRIAD] = [s * 7 / 3 for s in seconds[TRIAD]]  # it moves 3 numbers an element
+    seconds = whole_triads(interleaved(steps | floors(numel), rounds))
     common = {"model": model, "tensors": len(sizes), "parameters": numel}
-    return [{**common, "what": name, "seconds": values} for name, values in seconds.items()]
+    return [
+        {**measurement("optimizer step", name, values, sizes=common, warm_ups=2), "seconds": values}
+        for name, values in seconds.items()
+    ]
 
 
 def times(rows: list[dict[str, Any]], slow: str, fast: str) -> float:
     """Return how many times faster one was than another: the median over rounds."""
-    seconds = {row["what"]: row["seconds"] for row in rows}
+    seconds = {row["variant"]: row["seconds"] for row in rows}
     return statistics.median(s / f for s, f in zip(seconds[slow], seconds[fast], strict=True))
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Return one model's rows as Markdown."""
-    first = rows[0]
+    sizes = rows[0]["sizes"]
     lines = [
-        f"### {first['model']}: {first['tensors']} tensors, {first['parameters'] / 1e6:.1f} M",
+        f"### {sizes['model']}: {sizes['tensors']} tensors, {sizes['parameters'] / 1e6:.1f} M",
         "",
         "| step | ms, median | lowest | highest | times fastclr's |",
         "|---|--:|--:|--:|--:|",
     ]
     for row in rows:
         low, middle, high = (1e3 * f(row["seconds"]) for f in (min, statistics.median, max))
-        factor = times(rows, row["what"], "fastclr")
-        lines.append(f"| {row['what']} | {middle:.1f} | {low:.1f} | {high:.1f} | {factor:.2f} |")
+        factor = times(rows, row["variant"], "fastclr")
+        lines.append(f"| {row['variant']} | {middle:.1f} | {low:.1f} | {high:.1f} | {factor:.2f} |")
     return [*lines, ""]
 
 
@@ -240,7 +247,7 @@ def main(
     )
     before = out.read_text(encoding="utf-8").partition(HEADING)[0] if out.exists() else "# LARS\n\n"
     write_durably(out, "\n".join([before + HEADING, head, "", *page]).rstrip() + "\n")
-    write_rows(out.with_suffix(".jsonl"), [{"facts": about}, *rows])
+    write_rows(out.with_suffix(".jsonl"), rows)
 
 
 if __name__ == "__main__":

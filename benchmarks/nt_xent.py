@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import tyro
 from harness import facts, interleaved
 from nt_xent_page import write_page
-from peers.nt_xent import IMPLEMENTATIONS, Loss
+from peer_parts.nt_xent import IMPLEMENTATIONS, Loss
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -113,7 +113,7 @@ def check(names: Iterable[str], dim: int, device: str) -> dict[str, str]:
                 raise RuntimeError(
                     f"{name}: the gradient is {off:.1e} off the reference's (relative), allowed "
                     f"{GRADIENT_TOLERANCE}: its time would be that of another function; mend its "
-                    "adapter in peers/nt_xent.py."
+                    "adapter in peer_parts/nt_xent.py."
                 )
     return failed
 
@@ -126,7 +126,7 @@ def agree(losses: Mapping[str, float]) -> None:
             raise RuntimeError(
                 f"{name}: the loss is {loss:.6f} where {first}'s is {expected:.6f}, relative "
                 f"tolerance {LOSS_TOLERANCE}: its time would be that of another function; mend its "
-                "adapter in peers/nt_xent.py."
+                "adapter in peer_parts/nt_xent.py."
             )
 
 

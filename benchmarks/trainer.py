@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import tyro
-from harness import facts, write_rows
-from peers import simclr as lightly
+from harness import facts, measurement, write_rows
+from peer_parts import ours, simclr
 
-from fastclr import Trainer, losses
+from fastclr import losses
 from fastclr.batch import Batch
 from fastclr.config import Config
 from fastclr.facts import now
@@ -32,7 +32,7 @@ from fastclr.files import write_durably
 from fastclr.optim import LARS
 from fastclr.recipes import RECIPES
 from fastclr.simclr import SimCLR
-from pipelines import ShardSet, SimCLRPolicy, make_loader
+from pipelines import SimCLRPolicy
 from pipelines.photos import write_photo_tiles
 from pipelines.writer import write_shards
 
@@ -92,69 +92,52 @@ class Alternating:
         """Nothing to go on from."""
 
 
-def trainer_of(config: Config, run_dir: Path) -> Trainer:
-    """Return a trainer that saves at the end alone."""
-    model = SimCLR.from_config(config)
-    return Trainer(
-        model,
-        loss=losses.from_config(config.loss),
-        optimizer=LARS.for_module(model, learning_rate=0.1),
-        ds_config={},
-        run_dir=run_dir,
-        checkpoint_every=10**9,
-    )
-
-
 def overhead(config: Config, blocks: int, folder: Path) -> list[tuple[float, float]]:
     """Return seconds of trainer and bare loop, a pair for each block; the first is a warm-up."""
     source = Alternating(config, blocks)
     # One step more, so that the last block's end is seen; an epoch is exactly the blocks.
     epochs = (source.batches_per_epoch + 1) / source.batches_per_epoch
-    trainer_of(config, folder / "overhead").fit(source, epochs=epochs)
+    ours.trainer_of(config, folder / "overhead").fit(source, epochs=epochs)
     return source.seconds[1:]
-
-
-def ours_per_second(shards: Path, config: Config, warm_up: int, steps: int, run_dir: Path) -> float:
-    """Return images per second of our trainer, from shards."""
-    loader = make_loader(
-        ShardSet.open(shards),
-        SimCLRPolicy(**asdict(config.views)),
-        micro_batch_size=config.global_batch_size or 0,
-    )
-    ends: list[float] = []
-
-    class Timed:
-        """The loader, and when each batch was asked for: when the step before was done."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(loader, name)
-
-        def __iter__(self) -> Iterator[Batch]:
-            for batch in loader:
-                ends.append(time.perf_counter())
-                yield batch
-
-    epochs = (warm_up + steps + 1) / loader.batches_per_epoch
-    trainer_of(config, run_dir).fit(Timed(), epochs=epochs)
-    return loader.micro_batch_size * steps / (ends[warm_up + steps] - ends[warm_up])
 
 
 def end_to_end(config: Config, rounds: int, steps: int, folder: Path) -> list[dict[str, Any]]:
     """Return a row for each of ours and lightly's, with the speeds of every round."""
-    warm_up = max(2, steps // 3)
-    per_photo = -(-4 * (config.global_batch_size or 0) // 16)
-    write_photo_tiles(folder / "images", train_per_photo=per_photo, test_per_photo=1)
-    write_shards(folder / "images" / "train", folder / "shards")
+    batch_size = config.global_batch_size or 0
+    how = {"warm_up": 2 * max(1, steps // 6), "steps": steps}
+    write_photo_tiles(folder / "images", train_per_photo=-(-batch_size // 4), test_per_photo=1)
+    images = write_shards(folder / "images" / "train", folder / "shards")
+    policy = SimCLRPolicy(**asdict(config.views))
     speeds: dict[str, list[float]] = {"fastclr": []}
     for round_ in range(rounds):
-        ours = ours_per_second(folder / "shards", config, warm_up, steps, folder / f"run{round_}")
-        speeds["fastclr"].append(ours)
+        seconds = ours.seconds_per_step(images, policy, config, folder / f"run{round_}", **how)
+        speeds["fastclr"].append(batch_size / seconds)
         for workers in (1, 2):
-            found = lightly.images_per_second(
-                folder / "images" / "train", config, workers, warm_up, steps
+            seconds = simclr.lightly_seconds_per_step(
+                folder / "images" / "train", config, workers, **how
             )
-            speeds.setdefault(f"lightly on Lightning, {workers} workers", []).append(found)
+            name = f"lightly on Lightning, {workers} workers"
+            speeds.setdefault(name, []).append(batch_size / seconds)
     return [{"what": name, "images_per_second": values} for name, values in speeds.items()]
+
+
+def measurements(
+    blocks: list[tuple[float, float]], rows: list[dict[str, Any]], config: Config
+) -> list[dict[str, Any]]:
+    """Return the results as rows, with the seconds of every block or round."""
+    batch_size = config.global_batch_size or 0
+    sizes = {"batch": batch_size, "side": config.views.size, "encoder": config.encoder.name}
+    of_blocks = {"trainer": [ours for ours, _ in blocks], "bare loop": [bare for _, bare in blocks]}
+    found = [
+        {**measurement("ten steps", variant, seconds, sizes=sizes, images=BLOCK * batch_size,
+                       warm_ups=1), "seconds": seconds}
+        for variant, seconds in of_blocks.items()
+    ]  # fmt: skip
+    for row in rows:
+        seconds = [batch_size / speed for speed in row["images_per_second"]]
+        one = measurement("files to weights", row["what"], seconds, sizes=sizes, images=batch_size)
+        found.append({**one, "seconds": seconds})
+    return found
 
 
 def page(blocks: list[tuple[float, float]], rows: list[dict[str, Any]], config: Config) -> str:
@@ -215,7 +198,7 @@ def main(
     text = page(pairs, rows, config)
     before = out.read_text(encoding="utf-8").partition(HEADING)[0] if out.exists() else ""
     write_durably(out, f"{before}{HEADING}\n{text}")
-    write_rows(out.with_suffix(".jsonl"), [{"facts": facts(), "blocks": pairs}, *rows])
+    write_rows(out.with_suffix(".jsonl"), measurements(pairs, rows, config))
     print(text)
 
 

@@ -29,11 +29,9 @@ class _Normalize(torch.autograd.Function):
         eps: float,
         group: dist.ProcessGroup | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dims = [d for d in range(x.ndim) if d != 1]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # Moments about each rank's own mean, combined as in Chan et al. 1979: plain sums of squares
         # would cancel. C numbers a rank: they travel in float64.
-        var_C, mean_C = (m.double() for m in torch.var_mean(wide, dims, correction=0))
+        mean_C, var_C = (moment.double() for moment in _moments(x))
         count_C = torch.full_like(mean_C, x.numel() // x.shape[1])
         mine = torch.stack([count_C, mean_C, var_C * count_C])
         shares = [torch.empty_like(mine) for _ in range(collectives.num_ranks(group))]
@@ -42,10 +40,12 @@ class _Normalize(torch.autograd.Function):
         total_C = count_RC.sum(0)
         mean_C = (count_RC * mean_RC).sum(0) / total_C
         squares_C = (squares_RC + count_RC * (mean_RC - mean_C).square()).sum(0)
-        mean_C, var_C = mean_C.to(wide.dtype), (squares_C / total_C).to(wide.dtype)
-        unbiased_C = (squares_C / (total_C - 1)).to(wide.dtype)
-        ctx.save_for_backward(x, weight_C, mean_C, (var_C + eps).rsqrt(), total_C)
-        ctx.group, ctx.bias_dtype = group, None if bias_C is None else bias_C.dtype
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mean_C, var_C = mean_C.to(dtype), (squares_C / total_C).to(dtype)
+        unbiased_C = (squares_C / (total_C - 1)).to(dtype)
+        ctx.save_for_backward(x, weight_C, mean_C, var_C, total_C)
+        ctx.group, ctx.eps = group, eps
+        ctx.bias_dtype = None if bias_C is None else bias_C.dtype
         ctx.mark_non_differentiable(mean_C, unbiased_C)
         return F.batch_norm(x, mean_C, var_C, weight_C, bias_C, eps=eps), mean_C, unbiased_C
 
@@ -54,19 +54,18 @@ class _Normalize(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: torch.Tensor, *_: Any
     ) -> tuple[torch.Tensor | None, ...]:
-        x, weight_C, mean_C, scale_C, total_C = ctx.saved_tensors
-        dims = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        wide = grad.to(mean_C.dtype)
-        normal = (x.to(mean_C.dtype) - mean_C.view(shape)) * scale_C.view(shape)
-        sums_2C = torch.stack([wide.sum(dims), (wide * normal).sum(dims)])
+        x, weight_C, mean_C, var_C, total_C = ctx.saved_tensors
+        sums_2C = _sums(grad, x, mean_C, var_C, ctx.eps)
         # Of this rank's rows only: the engine averages parameters' gradients over ranks.
         grad_bias_C, grad_weight_C = sums_2C.clone()
         dist.all_reduce(sums_2C, group=ctx.group)
-        offset_C, slope_C = sums_2C / total_C.to(sums_2C.dtype)
+        scale_C = (var_C + ctx.eps).rsqrt()
         factor_C = scale_C if weight_C is None else scale_C * weight_C
-        grad_x = wide - offset_C.view(shape) - normal * slope_C.view(shape)
-        grad_x = (grad_x * factor_C.view(shape)).to(x.dtype)
+        offset_C, slope_C = -factor_C * sums_2C / total_C.to(sums_2C.dtype)
+        # What the statistics pass on is an affine function of the normalised rows.
+        wide, shape = x.to(mean_C.dtype), [1, -1] + [1] * (x.ndim - 2)
+        grad_x = F.batch_norm(wide, mean_C, var_C, slope_C, offset_C, eps=ctx.eps)
+        grad_x = grad_x.addcmul_(grad.to(grad_x.dtype), factor_C.view(shape)).to(x.dtype)
         return (
             grad_x,
             None if weight_C is None else grad_weight_C.to(weight_C.dtype),
@@ -74,6 +73,37 @@ class _Normalize(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _has_kernels(x: torch.Tensor) -> bool:
+    """Whether torch's own kernels for the CPU compute what is needed, in the type of ``x``."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
+def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and biased variance (C,) of these rows, at least float32."""
+    if _has_kernels(x):  # where channels are last, 25 times faster than var_mean
+        return torch.batch_norm_update_stats(x, None, None, 0.0)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    dims = [d for d in range(x.ndim) if d != 1]
+    var_C, mean_C = torch.var_mean(wide, dims, correction=0)
+    return mean_C, var_C
+
+
+def _sums(
+    grad: torch.Tensor, x: torch.Tensor, mean_C: torch.Tensor, var_C: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Return the sums of a gradient, and of it times the normalised rows, (2, C)."""
+    if _has_kernels(x):
+        _, product_C, plain_C = torch.ops.aten.native_batch_norm_backward(
+            grad, x, None, mean_C, var_C, None, None, False, eps, [False, True, True]
+        )
+        return torch.stack([plain_C, product_C])
+    dims = [d for d in range(x.ndim) if d != 1]
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    wide = grad.to(mean_C.dtype)
+    normal = (x.to(mean_C.dtype) - mean_C.view(shape)) * (var_C + eps).rsqrt().view(shape)
+    return torch.stack([wide.sum(dims), (wide * normal).sum(dims)])
 
 
 class GlobalBatchNorm(_BatchNorm):

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 FACTS = "fastclr.json"
 LAYERS = "lars.safetensors"
+PROBE = "probe.safetensors"
 WEIGHTS = "model.safetensors"
 LATEST, BEST = "latest", "best"
 
@@ -55,6 +56,7 @@ def save(
     retention: Retention,
     lars: LARS | None = None,
     best: bool = False,
+    probe: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint; every rank calls this.
 
@@ -66,6 +68,7 @@ def save(
         lars: The engine's optimizer, if it is LARS: its layers are saved whole too, so that other
             ranks, another ZeRO stage or another precision can go on from them.
         best: Whether no earlier one scored higher.
+        probe: State of a probe that is trained beside the model; equal on every rank.
 
     Returns:
         Folder of the checkpoint, ``step-0001000``.
@@ -85,6 +88,8 @@ def save(
     layers = lars.layer_state() if lars else {}
     if is_main and layers:
         save_file(layers, partial / LAYERS)
+    if is_main and probe:
+        save_file({k: v.cpu().contiguous() for k, v in probe.items()}, partial / PROBE)
     dist.barrier()  # every rank has written
     if is_main:
         files = [p for p in sorted(partial.rglob("*")) if p.is_file()]
@@ -200,7 +205,9 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
 
 
-def load(engine: DeepSpeedEngine, checkpoint: Path, lars: LARS | None = None) -> dict[str, Any]:
+def load(
+    engine: DeepSpeedEngine, checkpoint: Path, lars: LARS | None = None, probe: Any = None
+) -> dict[str, Any]:
     """Load a verified checkpoint into the engine; every rank calls this. Returns its facts.
 
     Args:
@@ -208,11 +215,15 @@ def load(engine: DeepSpeedEngine, checkpoint: Path, lars: LARS | None = None) ->
         checkpoint: Folder of the checkpoint.
         lars: The engine's optimizer, if it is LARS. Then the number of ranks, the ZeRO stage and
             the precision may differ from those it was saved under.
+        probe: Gets the saved probe's state, by ``load_state_dict``; stays as it is if there is
+            none in the checkpoint.
 
     Raises:
         ConfigError: If the engine is laid out otherwise and no whole layers were saved.
     """
     facts, layout = read_facts(checkpoint), _layout(engine)
+    if probe and (state := load_probe(checkpoint)):
+        probe.load_state_dict(state)
     if facts.get("layout", layout) == layout:  # bit for bit
         tag, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if tag is not None:
@@ -240,6 +251,12 @@ def load_weights(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Return the weights whose name begins with ``prefix``, which is cut off."""
     weights = load_file(checkpoint / WEIGHTS)
     return {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
+
+
+def load_probe(checkpoint: Path) -> dict[str, torch.Tensor] | None:
+    """Return the state of the probe that was trained beside the model; None if there was none."""
+    file = checkpoint / PROBE
+    return load_file(file) if file.is_file() else None
 
 
 def _load_weights(engine: DeepSpeedEngine, file: Path) -> None:

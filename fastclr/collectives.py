@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +50,40 @@ def any_rank(flag: bool) -> bool:
     flags = torch.tensor([float(flag)])
     dist.all_reduce(flags, group=host_group())
     return bool(flags.item())
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Wait for all ranks; if one fails, all do, and say why. Every rank enters it.
+
+    Raises:
+        Exception: What this rank failed with, or the like of what the first other one did, which
+            it names.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:  # the others wait for this rank, whatever it is
+        error = caught
+    if num_ranks() > 1:
+        said: list[Any] = [None] * num_ranks()
+        dist.all_gather_object(said, error and (type(error), str(error)), group=host_group())
+        if error is None and any(said):
+            failed, (kind, text) = next((r, s) for r, s in enumerate(said) if s)
+            other: Exception = kind.__new__(kind)  # its own arguments are not known here
+            other.args = (f"rank {failed}: {text}",)
+            raise other
+    if error is not None:
+        raise error
+
+
+def from_first(value: Any) -> Any:
+    """Return rank 0's value on every rank; every rank calls this."""
+    if num_ranks() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=host_group())
+    return values[0]
 
 
 def all_gather(

@@ -114,7 +114,8 @@ class EncoderConfig:
     """The encoder f: images to representations h.
 
     Attributes:
-        name: Any timm model, or ``resnet10`` (one basic block a stage).
+        name: Any timm model, or ``resnet10`` (one basic block a stage), or ``resnet8`` and
+            ``resnet14`` (one and two basic blocks in each of three stages).
         width: Width multiplier of a ResNet: SimCLR's 1, 2, 4, or a fraction for a small machine.
         stem: ``imagenet`` (7x7 stride 2 and max-pool), ``small`` (3x3 stride 1, no max-pool;
             the paper's CIFAR-10 stem), or ``small_stride2`` (3x3 stride 2, no max-pool).
@@ -245,12 +246,15 @@ class EvaluationConfig:
         train: Labelled data set whose features the probes are fitted on; empty for ``data.train``.
         every_epochs: Epochs between evaluations; the last step is always evaluated.
         most_images: Images taken of each, the first ones.
+        joint_probe: Train a linear classifier beside the encoder, which does not notice it, on the
+            labels of ``data.train``; it is scored in every evaluation.
     """
 
     test: str = ""
     train: str = ""
     every_epochs: int = 1
     most_images: int = 10_000
+    joint_probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -375,6 +379,11 @@ class Config:
                 found.append(f"{name} is {length}: the length of a run is positive.")
         if not 0 < self.data.cache_gib < math.inf:
             found.append(f"data.cache_gib is {self.data.cache_gib}: a shard has to fit; give more.")
+        if self.evaluation.joint_probe and not self.evaluation.test:
+            found.append(
+                "evaluation.joint_probe without evaluation.test: a probe is scored on labelled "
+                "images. Name some, or leave it out."
+            )
         if self.start_from and self.initial_weights:
             found.append(
                 f"start_from is {self.start_from} and initial_weights {self.initial_weights}: the "

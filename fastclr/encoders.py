@@ -14,6 +14,9 @@ from fastclr.config import ConfigError, EncoderConfig
 
 # The ResNets that take a width and a stem; every other name is timm's as it is.
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    # Without the fourth stage, half as wide: for pilots.
+    "resnet8": (BasicBlock, (1, 1, 1)),
+    "resnet14": (BasicBlock, (2, 2, 2)),
     "resnet10": (BasicBlock, (1, 1, 1, 1)),
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
@@ -110,7 +113,7 @@ def _resnet(name: str, width: float, stem: str) -> ResNet:
     if stem not in STEMS:
         raise ConfigError(f"encoder stem {stem!r} is unknown: choose from {', '.join(STEMS)}.")
     block, layers = RESNETS[name]
-    channels = tuple(round(width * c) for c in (64, 128, 256, 512))
+    channels = tuple(round(width * c) for c in (64, 128, 256, 512))[: len(layers)]
     if channels[0] < 4 or channels[0] % 2:
         raise ConfigError(
             f"encoder width {width} gives {channels[0]} channels in the first stage: it needs an "
@@ -132,6 +135,8 @@ def _resnet(name: str, width: float, stem: str) -> ResNet:
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     if not pooled:
         network.maxpool = cast(Any, nn.Identity())
+    if len(layers) == 3:
+        network.layer4 = nn.Identity()  # timm's forward asks for it
     return network
 
 

@@ -21,9 +21,12 @@ from fastclr.simclr import SimCLR
 from fastclr.world import World
 from pipelines.distortions import DISTORTIONS, NOISE_STD
 from pipelines.evaluation_views import evaluation_range
+from pipelines.labelled_views import crops_and_flips
 from pipelines.loader import default_threads
 
 Say = Callable[[str], None]
+
+FORGETTING_IMAGES = 10_000  # of each set, each in seven views
 
 _CPU = torch.device("cpu")
 _TIMEOUT = timedelta(hours=12)  # the rank that waits longest has the fewest images
@@ -45,6 +48,17 @@ def joined() -> Iterator[World]:
     finally:
         if starts:
             dist.destroy_process_group()
+
+
+@contextmanager
+def sharing_cores() -> Iterator[None]:
+    """Give each rank of this node its part of the cores; none is given more than it had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // World.detect().num_local_ranks))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def images_of(
@@ -69,6 +83,31 @@ def images_of(
         digest=shard_set.digest,
         view=f"centre {size}, {view}{noise}",
         num_images=min(len(shard_set), most or len(shard_set)),
+        read=read,
+        place=shard_set.place,
+    )
+
+
+def crops_of(shard_set: DataSet, size: int, epoch: int, seed: int) -> Images:
+    """Describe a shard set in random crops and flips to the store of features.
+
+    Args:
+        shard_set: Images.
+        size: Side of the views in pixels.
+        epoch: Epoch from 0; each has crops of its own.
+        seed: Seed of the crops.
+    """
+    num_threads = default_threads(World.detect())
+
+    def read(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [np.arange(start, stop)]
+        crops = crops_and_flips(shard_set, size, epoch, rows, seed=seed, num_threads=num_threads)
+        return next(iter(crops))
+
+    return Images(
+        digest=shard_set.digest,
+        view=f"crops and flips {size}, epoch {epoch}, seed {seed}",
+        num_images=len(shard_set),
         read=read,
         place=shard_set.place,
     )
@@ -160,7 +199,7 @@ def forgetting_table(
     cache: Path,
     *,
     layers: Sequence[str] | None = None,
-    most: int | None = 10_000,
+    most: int | None = FORGETTING_IMAGES,
     device: torch.device = _CPU,
     say: Say = lambda _: None,
     progress: Progress = lambda _: None,

@@ -5,32 +5,39 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from fastclr import runs
+from fastclr import checkpointing, collectives, evaluations, pictures, runs
 from fastclr.answers import keep_answers
 from fastclr.config import ConfigError
 from fastclr.evaluation import (
     finetune,
+    forgetting,
     knn,
+    layers,
     linear,
+    linear_joint,
     linear_lbfgs,
     linear_sgd,
+    picture_file,
     ridge,
+    score_sheet,
     semi_supervised,
     transfer,
 )
 from fastclr.evaluation.draws import Int64
-from fastclr.evaluation.features import extract
+from fastclr.evaluation.layers import H
 from fastclr.evaluation.scoring import top1
-from fastclr.files import write_json
+from fastclr.files import write_durably, write_json
 from fastclr.subject import Options, Subject, labelled
 
 JSON = dict[str, Any]
+SHEET = "scores.md"
 _SMALL = 64  # pixels; up to here the authors' settings for CIFAR
 
 
@@ -50,15 +57,26 @@ class Outcome(NamedTuple):
     label_X: Int64 | None = None
 
 
+def _nothing(subject: Subject) -> None:
+    """What all ranks take together where one works alone."""
+
+
 class Protocol(NamedTuple):
-    """A protocol: its exact settings, known before it runs, and how it is run."""
+    """A protocol.
+
+    Attributes:
+        settings: Its exact settings, known before it runs.
+        run: How it is run, on rank 0.
+        take: What all ranks take together before, and the subject keeps.
+    """
 
     settings: Callable[[Subject], JSON]
     run: Callable[[Subject], Outcome]
+    take: Callable[[Subject], object] = _nothing
 
 
 def _quick(subject: Subject) -> Outcome:
-    found = runs.evaluate(subject.run_dir, *subject.texts, subject.say)["scores"]["trained"]
+    found = subject.quick["scores"]["trained"]
     return Outcome(
         {name: found[name] for name in ("linear_top1", "knn_top1")}, {"l2": found["linear_l2"]}
     )
@@ -70,7 +88,8 @@ def _ridge(subject: Subject) -> Outcome:
 
 
 def _knn(subject: Subject) -> Outcome:
-    return Outcome({"top1": knn.knn_accuracy(*subject.features)}, {})
+    impl = subject.options.neighbours_by
+    return Outcome({"top1": knn.knn_accuracy(*subject.features, impl=impl)}, {})
 
 
 def _linear_lbfgs(subject: Subject) -> Outcome:
@@ -78,6 +97,43 @@ def _linear_lbfgs(subject: Subject) -> Outcome:
     subject.say(f"{len(linear_lbfgs.L2_GRID)} fits on {train.h_XF.shape[1]} features")
     probe = linear_lbfgs.lbfgs_probe(train, test, seed=subject.options.seed, device=subject.device)
     return Outcome({"top1": probe.score}, {"l2": probe.l2}, probe.answer_X, test.label_X)
+
+
+def _layers(subject: Subject) -> Outcome:
+    table = subject.layer_scores
+    h, z = (next(s for s in table if s.layer == name) for name in (H, table[-1].layer))
+    scores = {f"{s.layer}, ridge": s.ridge_top1 for s in (h, z)}
+    scores |= {f"{s.layer}, kNN": s.knn_top1 for s in (h, z)}
+    return Outcome(scores, {"table": [s._asdict() for s in table]})
+
+
+def _forgetting(subject: Subject) -> Outcome:
+    table = subject.forgotten
+    scores = {f"{task}, {name}": v for task, _, top1 in table for name, v in top1.items()}
+    return Outcome(scores, {"table": [row._asdict() for row in table]})
+
+
+def _linear_joint(subject: Subject) -> Outcome:
+    test = subject.features[1]
+    answer_X = linear_joint.saved_answers(_joint_probe(subject), test)
+    return Outcome({"top1": top1(answer_X, test.label_X)}, {}, answer_X, test.label_X)
+
+
+def _joint_probe(subject: Subject) -> dict[str, torch.Tensor]:
+    """Return the classifier that was trained beside the encoder."""
+    found = checkpointing.load_probe(subject.checkpoint)
+    if found is None:
+        raise ConfigError(
+            f"{subject.checkpoint} has no probe: only a run with --evaluation.joint-probe trains "
+            "one beside its encoder. Leave linear-joint out, or train such a run."
+        )
+    return found
+
+
+def _pictures(subject: Subject) -> Outcome:
+    made = pictures.make(subject)
+    numbers = {name: layer.numbers for name, layer in made.layers.items()}
+    return Outcome({"linear_top1": made.facts["linear_top1"]}, {"numbers": numbers})
 
 
 def _sgd_settings(subject: Subject) -> linear_sgd.SGDSettings:
@@ -91,12 +147,7 @@ def _linear_sgd(subject: Subject) -> Outcome:
     encoder, num_images = subject.model.encoder, len(subject.train)
     test = subject.features[1]
     if subject.options.cached_views:
-        cached = []
-        for view in range(subject.options.cached_views):
-            subject.say(f"features of crops {view + 1} of {subject.options.cached_views}")
-            rows = np.array_split(np.arange(num_images), -(-num_images // 256))
-            cached.append(extract(encoder, images.views(view, rows), subject.device))
-        batches = linear_sgd.cached_views(cached, settings)
+        batches = linear_sgd.cached_views(subject.crops, settings)
     else:
         batches = linear_sgd.encoded(encoder, images.views, num_images, settings, subject.device)
     subject.say(f"{settings.epochs} epochs of a linear classifier")
@@ -106,8 +157,9 @@ def _linear_sgd(subject: Subject) -> Outcome:
 
 
 def _tuning_settings(subject: Subject, fraction: float) -> finetune.FinetuneSettings:
-    num_images = len(_subset(subject, fraction))
-    return semi_supervised.settings_for(fraction, num_images, seed=subject.options.seed)
+    num_images, epochs = len(_subset(subject, fraction)), subject.options.finetune_epochs
+    found = semi_supervised.settings_for(fraction, num_images, seed=subject.options.seed)
+    return replace(found, epochs=epochs) if fraction == 1 and epochs else found
 
 
 def _subset(subject: Subject, fraction: float) -> Int64:
@@ -157,13 +209,24 @@ def _tuning(fraction: float) -> Protocol:
     return Protocol(settings, lambda subject: _tuned(subject, fraction))
 
 
+def _features(subject: Subject) -> object:
+    """Let all ranks take the representations."""
+    return subject.features
+
+
 # In the order that `all` takes them; `transfer` becomes an entry for each row of each set.
 PROTOCOLS: dict[str, Protocol] = {
-    "quick": Protocol(lambda s: {"text": f"{linear.PROTOCOL} {knn.PROTOCOL}"}, _quick),
-    "ridge": Protocol(lambda s: {"text": ridge.PROTOCOL, "seed": s.options.seed}, _ridge),
-    "knn": Protocol(lambda s: {"text": knn.PROTOCOL}, _knn),
+    "quick": Protocol(
+        lambda s: {"text": f"{linear.PROTOCOL} {knn.PROTOCOL}"}, _quick, lambda s: s.quick
+    ),
+    "ridge": Protocol(
+        lambda s: {"text": ridge.PROTOCOL, "seed": s.options.seed}, _ridge, _features
+    ),
+    "knn": Protocol(
+        lambda s: {"text": knn.PROTOCOL, "neighbours_by": s.options.neighbours_by}, _knn, _features
+    ),
     "linear-lbfgs": Protocol(
-        lambda s: {"text": linear_lbfgs.PROTOCOL, "seed": s.options.seed}, _linear_lbfgs
+        lambda s: {"text": linear_lbfgs.PROTOCOL, "seed": s.options.seed}, _linear_lbfgs, _features
     ),
     "linear-sgd": Protocol(
         lambda s: {
@@ -172,9 +235,26 @@ PROTOCOLS: dict[str, Protocol] = {
             **asdict(_sgd_settings(s)),
         },
         _linear_sgd,
+        lambda s: (s.features, s.crops),
     ),
+    "linear-joint": Protocol(lambda s: {"text": linear_joint.PROTOCOL}, _linear_joint, _features),
     "semi-1": _tuning(0.01),
     "semi-10": _tuning(0.1),
+    "layers": Protocol(lambda s: {"text": layers.PROTOCOL}, _layers, lambda s: s.layer_scores),
+    "forgetting": Protocol(
+        lambda s: {"text": forgetting.PROTOCOL, "most_images": evaluations.FORGETTING_IMAGES},
+        _forgetting,
+        lambda s: s.forgotten,
+    ),
+    "pictures": Protocol(
+        lambda s: {
+            "text": pictures.PROTOCOL,
+            "neighbours_by": s.options.neighbours_by,
+            **asdict(pictures.settings_of(s)),
+        },
+        _pictures,
+        lambda s: (s.features, s.layer_features(pictures.chosen_layers(s))),
+    ),
     "finetune": _tuning(1.0),
 }
 NAMES = (*PROTOCOLS, "transfer", "all")
@@ -268,36 +348,73 @@ def score(subject: Subject, names: Sequence[str], *, again: bool = False) -> dic
         ShardError: If data is damaged.
     """
     chosen = chosen_protocols(names, subject.options)
-    _read_entries(subject.run_dir)  # a damaged file is told before hours of work
+    has_probe = checkpointing.load_probe(subject.checkpoint) is not None
+    if "linear-joint" in chosen and "linear-joint" not in names and not has_probe:
+        subject.say("linear-joint: left out, no probe was trained beside this encoder")
+        del chosen["linear-joint"]
+    with collectives.together():
+        if collectives.rank() == 0:
+            _read_entries(subject.run_dir)  # a damaged file is told before hours of work
     for name, protocol in chosen.items():
-        # As JSON gives it back, so that it can be compared.
-        settings = json.loads(json.dumps(protocol.settings(subject)))
-        of = {
-            "checkpoint": subject.checkpoint.name,
-            "train": subject.train.digest,
-            "test": subject.test.digest,
-        }
-        before = _read_entries(subject.run_dir).get(name, {})
-        if before.get("settings") == settings and before.get("of") == of and not again:
-            subject.say(f"{name}: done before")
+        started, settings = time.perf_counter(), None
+        with collectives.together():
+            if collectives.rank() == 0:
+                settings = _settings_to_do(subject, name, protocol, again)
+        settings = collectives.from_first(settings)
+        if settings is None:
             continue
-        subject.say(f"{name}: begins")
-        started = time.perf_counter()
-        found = protocol.run(subject)
-        minutes = (time.perf_counter() - started) / 60
-        if found.answer_X is not None and found.label_X is not None:
-            metric = next(iter(found.scores))
-            keep_answers(subject.run_dir, name, found.answer_X, found.label_X, of["test"], metric)
-        entry = {
-            "scores": found.scores,
-            "chosen": found.details,
-            "minutes": minutes,
-            "settings": settings,
-            "of": of,
-        }
-        _merge(subject.run_dir, name, entry)
+        with collectives.together(), evaluations.sharing_cores():
+            protocol.take(subject)
+        with collectives.together():
+            if collectives.rank() == 0:
+                found = protocol.run(subject)
+                _keep(subject, name, found, settings, (time.perf_counter() - started) / 60)
     entries = _read_entries(subject.run_dir)
     return {name: entries[name] for name in chosen}
+
+
+def _of(subject: Subject) -> JSON:
+    """Say what scores are of."""
+    return {
+        "checkpoint": subject.checkpoint.name,
+        "train": subject.train.digest,
+        "test": subject.test.digest,
+    }
+
+
+def _settings_to_do(subject: Subject, name: str, protocol: Protocol, again: bool) -> JSON | None:
+    """Return a protocol's settings; None if it has been run with them."""
+    # As JSON gives it back, so that it can be compared.
+    settings = json.loads(json.dumps(protocol.settings(subject)))
+    before = _read_entries(subject.run_dir).get(name, {})
+    same = before.get("settings") == settings and before.get("of") == _of(subject)
+    if (
+        same
+        and not again
+        and (name != "pictures" or (subject.run_dir / picture_file.FILE).exists())
+    ):
+        subject.say(f"{name}: done before")
+        return None
+    subject.say(f"{name}: begins")
+    return settings
+
+
+def _keep(subject: Subject, name: str, found: Outcome, settings: JSON, minutes: float) -> None:
+    """Keep what a protocol found: answers, scores, and the table of all scores."""
+    of = _of(subject)
+    if found.answer_X is not None and found.label_X is not None:
+        metric = next(iter(found.scores))
+        keep_answers(subject.run_dir, name, found.answer_X, found.label_X, of["test"], metric)
+    entry = {
+        "scores": found.scores,
+        "chosen": found.details,
+        "minutes": minutes,
+        "settings": settings,
+        "of": of,
+    }
+    _merge(subject.run_dir, name, entry)
+    sheet = score_sheet.markdown(_read_entries(subject.run_dir))
+    write_durably(subject.run_dir / SHEET, sheet)
 
 
 def _read_entries(run_dir: Path) -> dict[str, JSON]:

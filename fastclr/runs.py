@@ -10,17 +10,26 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
-from fastclr import checkpointing, data_sets, ds_config, foreign_weights, losses
+from fastclr import (
+    checkpointing,
+    collectives,
+    data_sets,
+    ds_config,
+    evaluations,
+    foreign_weights,
+    losses,
+)
 from fastclr.config import Config, ConfigError
 from fastclr.data_sets import DataSet
 from fastclr.engine import device_of
 from fastclr.evaluation import knn, linear, online
 from fastclr.evaluation.features import Features, Pixels, extract
+from fastclr.evaluation.linear_joint import JointProbe
 from fastclr.facts import hardware, now, num_cores, redacted, versions
 from fastclr.files import write_json
 from fastclr.interruption import Interruption
@@ -31,7 +40,7 @@ from fastclr.trainer import Summary, Trainer
 from fastclr.world import World
 from pipelines import photos
 from pipelines.evaluation_views import evaluation_batches
-from pipelines.loader import Loader
+from pipelines.loader import Loader, default_threads
 from pipelines.remote import redacted_urls
 
 logger = logging.getLogger(__name__)
@@ -69,22 +78,13 @@ def train(
         ShardError: If the data is missing or damaged.
         StorageError: If its storage does not answer, an OSError.
     """
-    world = World.detect()
     _set_up_logging()
-    config, ds = ds_config.resolve(config, ds_config.read(ds_path), world)
-    device = device_of(world)
-    config = data_sets.settle_backend(config, device)
-    data_set = data_sets.open_data(config.data.train, config.data)
-    run_dir = Path(config.run_dir)
-    _refuse_another_run(run_dir, config)
-    _share_cores(world)
-    micro_batch_size = ds_config.images_per_rank(ds, world)
-    loader = data_sets.training_loader(config, data_set, micro_batch_size, world, device)
-    trainer = _trainer(config, ds, loader, data_set, interruption)
-    trainer.check(loader)
+    run = prepare(config, ds_config.read(ds_path), interruption)
+    config, data_set, loader, trainer = run.config, run.data_set, run.loader, run.trainer
+    world, run_dir = loader.world, Path(config.run_dir)
     facts = {
         "config": _without_secrets(asdict(config)),
-        "ds_config": redacted(ds),
+        "ds_config": redacted(run.ds),
         "command": redacted_urls(shlex.join(command)),
         "versions": versions(),
         "hardware": hardware(_device_name(trainer.device)),
@@ -115,6 +115,53 @@ def train(
     return summary
 
 
+class Prepared(NamedTuple):
+    """A run that is ready to begin.
+
+    Attributes:
+        config: Its settings, every value filled in.
+        ds: Its DeepSpeed JSON, likewise.
+        data_set: Images.
+        loader: What the trainer is to be given.
+        trainer: Checked against the loader.
+    """
+
+    config: Config
+    ds: ds_config.JSON
+    data_set: DataSet
+    loader: Loader
+    trainer: Trainer
+
+
+def prepare(
+    config: Config, ds: ds_config.JSON, interruption: Interruption | None = None
+) -> Prepared:
+    """Build everything a run needs, and check it; no device is touched and nothing is written.
+
+    Args:
+        config: Settings; what it leaves None the DeepSpeed JSON or the defaults fill in.
+        ds: DeepSpeed JSON.
+        interruption: Catches signals already; None to begin when training does.
+
+    Raises:
+        ConfigError: If anything cannot work.
+        ShardError: If the data is missing or damaged.
+        StorageError: If its storage does not answer, an OSError.
+    """
+    world = World.detect()
+    config, ds = ds_config.resolve(config, ds, world)
+    device = device_of(world)
+    config = data_sets.settle_backend(config, device)
+    data_set = data_sets.open_data(config.data.train, config.data)
+    _refuse_another_run(Path(config.run_dir), config)
+    _share_cores(world)
+    micro_batch_size = ds_config.images_per_rank(ds, world)
+    loader = data_sets.training_loader(config, data_set, micro_batch_size, world, device)
+    trainer = _trainer(config, ds, loader, data_set, interruption)
+    trainer.check(loader)
+    return Prepared(config, ds, data_set, loader, trainer)
+
+
 def _set_up_logging() -> None:
     """Show warnings, or what FASTCLR_LOG_LEVEL says.
 
@@ -138,6 +185,7 @@ def _trainer(
 ) -> Trainer:
     """Build model, loss, optimizer and trainer."""
     model = SimCLR.from_config(config)
+    probe = _joint_probe(config, data_set, model, loader.device)
     if config.initial_weights:
         file, expected = Path(config.initial_weights), config.initial_weights_input
         said = foreign_weights.load(model, file, expected)
@@ -164,15 +212,42 @@ def _trainer(
         keep_checkpoints=config.keep_checkpoints,
         keep_every=config.keep_every,
         start_from=config.start_from or None,
-        evaluation=_online_evaluation(config, data_set, loader.world),
+        evaluation=_online_evaluation(config, data_set, loader.world, probe),
         evaluate_every=config.evaluation.every_epochs * loader.batches_per_epoch,
+        probe=probe,
         faults=config.faults,
         interruption=interruption,
     )
 
 
+def _joint_probe(
+    config: Config, data_set: DataSet, model: SimCLR, device: torch.device
+) -> JointProbe | None:
+    """Make the classifier that is trained beside the encoder, if one is asked for.
+
+    Raises:
+        ConfigError: If the training images have no labels, or other classes than the test images.
+    """
+    if not config.evaluation.joint_probe:
+        return None
+    test = data_sets.open_data(config.evaluation.test, config.data)
+    names = data_set.class_names
+    if data_set.num_classes < 2 or names != test.class_names:
+        raise ConfigError(
+            f"evaluation.joint_probe: {data_set.path} has the classes {names}, {test.path} "
+            f"{test.class_names}: a probe is trained on the labels of the first and scored on the "
+            "second. Train on labelled images of the same classes, or leave it out."
+        )
+    return JointProbe(
+        cast(int, model.encoder.feature_dim),
+        data_set.num_classes,
+        batch_size=cast(int, config.global_batch_size),
+        device=device,
+    )
+
+
 def _online_evaluation(
-    config: Config, data_set: DataSet, world: World
+    config: Config, data_set: DataSet, world: World, probe: JointProbe | None
 ) -> online.OnlineEvaluation | None:
     """Score held-out images while training, and watch some training images for collapse."""
     settings = config.evaluation
@@ -182,7 +257,7 @@ def _online_evaluation(
     found = data_sets.labelled_sets(texts, config.data)
     sets = [_image_set(s, config.views.size, settings.most_images, world) for s in found]
     pairs = data_sets.first_batch(config, data_set, config.data.backend, NUM_WATCHED, world)
-    return online.OnlineEvaluation(*sets, pairs_VBCHW=pairs.views_VBCHW)
+    return online.OnlineEvaluation(*sets, pairs_VBCHW=pairs.views_VBCHW, probe=probe)
 
 
 def _image_set(data_set: DataSet, size: int, most: int, world: World) -> online.ImageSet:
@@ -222,8 +297,9 @@ def _refuse_another_run(run_dir: Path, config: Config) -> None:
     """Refuse to go on with a run under other settings."""
     if not (run_dir / "config.json").exists():
         return
-    before = _flat(read_json(run_dir / "config.json")["config"])
-    now = _flat(json.loads(json.dumps(asdict(config))))
+    # Settings that an older version did not know had their defaults.
+    defaults, now = (_flat(json.loads(json.dumps(asdict(c)))) for c in (Config(), config))
+    before = {**defaults, **_flat(read_json(run_dir / "config.json")["config"])}
     names = [*now, *(key for key in before if key not in now)]
     changed = [k for k in names if before.get(k) != now.get(k) and k not in VOLATILE]
     if changed:
@@ -281,16 +357,25 @@ def load_run(run_dir: Path) -> Config:
     return Config.from_dict(read_json(run_dir / "config.json")["config"])
 
 
-def evaluate(run_dir: Path, train: str, test: str, say: Say = print) -> dict[str, Any]:
+def evaluate(
+    run_dir: Path,
+    train: str,
+    test: str,
+    say: Say = print,
+    progress: Callable[[int], object] = lambda _: None,
+) -> dict[str, Any]:
     """Score a run's encoder, the same encoder untrained, and raw pixels; write ``scores.json``.
 
     Also writes the test features, ``features/h_test.npy`` and ``label_test.npy``, for the report.
+    Every rank calls this and takes a part of the features; the scores are rank 0's, the other ranks
+    return an empty dictionary.
 
     Args:
         run_dir: Folder of a training run with a checkpoint.
         train: Labelled data set the probes are fitted on; see :func:`.data_sets.open_data`.
         test: Labelled data set they are scored on.
         say: Told what is being done.
+        progress: Told numbers of images of which this rank has taken features.
 
     Raises:
         ConfigError: If the run has no checkpoint, or the data no labels or other classes.
@@ -302,18 +387,25 @@ def evaluate(run_dir: Path, train: str, test: str, say: Say = print) -> dict[str
     if checkpoint is None:
         raise ConfigError(f"{run_dir} has no checkpoint yet: train it first.")
     sets = data_sets.labelled_sets((train, test), config.data)
-    trained, untrained = SimCLR.from_config(config).encoder, SimCLR.from_config(config).encoder
-    load_state(
-        trained, checkpointing.load_weights(checkpoint, "encoder."), f"weights of {checkpoint}"
-    )
-    device = device_of(World())
-    scores = {}
-    for name, encoder in {"trained": trained, "untrained": untrained, "pixels": Pixels()}.items():
+    trained, untrained = SimCLR.from_config(config), SimCLR.from_config(config)
+    load_state(trained, checkpointing.load_weights(checkpoint, ""), f"weights of {checkpoint}")
+    world = World.detect()
+    device, size, cache = device_of(world), config.views.size, run_dir / "features" / "cache"
+    features = {}
+    for name, model in {"trained": trained.to(device), "untrained": untrained.to(device)}.items():
         say(f"{name}: features of {len(sets[0])} train and {len(sets[1])} test images")
-        train_X, test_X = (
-            extract(encoder.to(device), evaluation_batches(s, config.views.size), device)
+        features[name] = [
+            evaluations.features_of(
+                model, s, size, cache, layers=("h",), device=device, progress=progress
+            )["h"]
             for s in sets
-        )
+        ]
+    if collectives.rank() > 0:
+        return {}
+    say(f"pixels of {len(sets[0])} train and {len(sets[1])} test images")
+    features["pixels"] = [_pixels(s, size, world) for s in sets]
+    scores = {}
+    for name, (train_X, test_X) in features.items():
         if name == "trained":
             _save_features(run_dir / "features", test_X)
         say(f"{name}: nearest neighbours")
@@ -339,6 +431,12 @@ def evaluate(run_dir: Path, train: str, test: str, say: Say = print) -> dict[str
     }
     write_json(run_dir / "scores.json", {**result, **_other_protocols(run_dir)})
     return result
+
+
+def _pixels(data_set: DataSet, size: int, world: World) -> Features:
+    """Return raw pixels as features, float32 in 0..1."""
+    batches = evaluation_batches(data_set, size, num_threads=default_threads(world))
+    return extract(Pixels(), batches)
 
 
 def _other_protocols(run_dir: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -19,12 +19,16 @@ from fastclr.engine import device_of
 from fastclr.evaluation import finetune, linear
 from fastclr.evaluation.draws import Int64
 from fastclr.evaluation.features import Features
+from fastclr.evaluation.forgetting import VIEWS, Forgotten
+from fastclr.evaluation.layers import Layers, LayerScore
+from fastclr.evaluation.store import cached_features
 from fastclr.simclr import SimCLR
 from fastclr.world import World
 from pipelines.labelled_views import centres, crops_and_flips
 from pipelines.loader import default_threads
 
 Say = Callable[[str], None]
+LayerFeatures: TypeAlias = dict[str, Features]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,12 @@ class Options:
         head_layers: Layers of the projection head that are kept in fine-tuning; 0 for none.
         cached_views: Crops of each training image that linear-sgd sees; 0 draws new ones every
             epoch, with a pass through the encoder each.
+        finetune_epochs: Epochs of the protocol finetune; 0 for the paper's 30.
+        neighbours_by: Key of :data:`~fastclr.evaluation.knn.IMPLEMENTATIONS`.
+        layers: Layers of the pictures; none for h and z.
+        maps: Keys of :data:`~fastclr.evaluation.projection_2d.METHODS`, the maps of each layer;
+            none for what is installed.
+        map_points: Test images in a map.
         seed: Seed of subsets, splits and orders.
     """
 
@@ -46,6 +56,11 @@ class Options:
     transfer_steps: int = 0
     head_layers: int = 0
     cached_views: int = 4
+    finetune_epochs: int = 0
+    neighbours_by: str = "torch"
+    layers: tuple[str, ...] = ()
+    maps: tuple[str, ...] = ()
+    map_points: int = 2000
     seed: int = 0
 
 
@@ -62,6 +77,7 @@ class Subject:
         test: Labelled images of the same classes.
         options: Settings of the protocols.
         say: Told what is being done.
+        progress: Told how many images of how many this rank has taken features of.
     """
 
     run_dir: Path
@@ -72,6 +88,10 @@ class Subject:
     test: DataSet
     options: Options = field(default_factory=Options)
     say: Say = print
+    progress: Callable[[int, int], object] = lambda done, total: None
+    _taken: dict[tuple[str, ...], tuple[LayerFeatures, LayerFeatures]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @classmethod
     def open(
@@ -94,7 +114,7 @@ class Subject:
     @cached_property
     def device(self) -> torch.device:
         """Where the protocols run."""
-        return device_of(World())
+        return device_of(World.detect())
 
     @cached_property
     def model(self) -> SimCLR:
@@ -104,27 +124,103 @@ class Subject:
         runs.load_state(model, weights, f"weights of {self.checkpoint}")
         return model.to(self.device).eval()
 
+    @property
+    def cache(self) -> Path:
+        """Where features are kept."""
+        return self.run_dir / "features" / "cache"
+
+    # What follows all ranks take together, each a part of the images; afterwards one can use it.
+
+    @cached_property
+    def quick(self) -> dict[str, Any]:
+        """The quick protocol's result; empty on other ranks than 0."""
+        advance = self._counter(2 * (len(self.train) + len(self.test)))
+        return runs.evaluate(self.run_dir, *self.texts, self.say, advance)
+
     @cached_property
     def features(self) -> tuple[Features, Features]:
         """Representations of the un-augmented images of both sets, from the disk if they were."""
-        return self.features_of(self.train), self.features_of(self.test)
+        train, test = self.layer_features(("h",))
+        return train["h"], test["h"]
 
-    def features_of(self, shard_set: DataSet) -> Features:
-        """Return representations of un-augmented images."""
-        self.say(f"features of {len(shard_set)} images of {shard_set.path}")
-        found = evaluations.features_of(
+    @cached_property
+    def crops(self) -> list[Features]:
+        """Representations of the training images in crops and flips, a set for each cached view."""
+        found = []
+        for view in range(self.options.cached_views):
+            self.say(f"features of crops {view + 1} of {self.options.cached_views}")
+            images = evaluations.crops_of(
+                self.train, self.config.views.size, view, self.options.seed
+            )
+            seen = Layers(self.model.encoder, None, ("h",))
+            advance = self._counter(len(self.train))
+            taken = cached_features(self.cache, seen, images, self.device, progress=advance)
+            found.append(taken["h"])
+        return found
+
+    @cached_property
+    def layer_scores(self) -> list[LayerScore]:
+        """Scores of all layers; empty on other ranks than 0."""
+        advance = self._counter(len(self.train) + len(self.test))
+        return evaluations.layers_table(
+            *self._sets, device=self.device, say=self.say, progress=advance
+        )
+
+    @cached_property
+    def forgotten(self) -> list[Forgotten]:
+        """What can be told from h and z; empty on other ranks than 0."""
+        most = evaluations.FORGETTING_IMAGES
+        num_images = sum(min(most, len(s)) for s in (self.train, self.test))
+        advance = self._counter(len(VIEWS) * num_images)
+        return evaluations.forgetting_table(
+            *self._sets, most=most, device=self.device, say=self.say, progress=advance
+        )
+
+    def layer_features(self, layers: tuple[str, ...]) -> tuple[LayerFeatures, LayerFeatures]:
+        """Return features of un-augmented images of both sets at layers."""
+        if layers not in self._taken:
+            self._taken[layers] = (
+                self._layer_features(self.train, layers),
+                self._layer_features(self.test, layers),
+            )
+        return self._taken[layers]
+
+    def _layer_features(self, shard_set: DataSet, layers: tuple[str, ...]) -> LayerFeatures:
+        """Return features of a set at layers."""
+        self.say(f"features of {len(shard_set)} images of {shard_set.path}: {', '.join(layers)}")
+        return evaluations.features_of(
             self.model,
             shard_set,
             self.config.views.size,
-            self.run_dir / "features" / "cache",
-            layers=("h",),
+            self.cache,
+            layers=layers,
             device=self.device,
+            progress=self._counter(len(shard_set)),
         )
-        return found["h"]
+
+    def _counter(self, num_images: int) -> Callable[[int], None]:
+        """Return what counts images that are done, of a number that all ranks share."""
+        done, total = 0, -(-num_images // World.detect().num_ranks)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(min(done, total), total)
+
+        return advance
+
+    @property
+    def _sets(self) -> tuple[SimCLR, DataSet, DataSet, int, Path]:
+        """What the tables of all layers are made of."""
+        return self.model, self.train, self.test, self.config.views.size, self.cache
 
     def images(self, shard_set: DataSet) -> finetune.LabelledImages:
         """Describe a set to what trains on it."""
-        size, seed, threads = self.config.views.size, self.options.seed, default_threads(World())
+        size, seed, threads = (
+            self.config.views.size,
+            self.options.seed,
+            default_threads(World.detect()),
+        )
 
         def views(epoch: int, batches: Sequence[Int64]) -> finetune.Batches:
             return crops_and_flips(shard_set, size, epoch, batches, seed=seed, num_threads=threads)
@@ -133,7 +229,7 @@ class Subject:
             name=str(shard_set.path),
             label_X=shard_set.label_N,
             views=views,
-            plain=lambda ids: centres(shard_set, size, ids),
+            plain=lambda ids: centres(shard_set, size, ids, num_threads=threads),
         )
 
     def network(self, *, trained: bool) -> tuple[nn.Module, int]:

@@ -1,4 +1,4 @@
-"""Train: ``deepspeed fastclr/train.py --ds-config FILE [--recipe NAME] [flags]``."""
+"""Train: ``deepspeed fastclr/train.py --ds-config FILE [--recipe NAME] [@FILE] [flags]``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import argparse
 import os
+import shlex
 
 import tyro
 
@@ -23,7 +24,9 @@ from fastclr.recipes import RECIPES
 
 def main() -> int:
     """Parse the flags, run, return the exit code."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, fromfile_prefix_chars="@")
+    # A file of flags, "@tuned.flags", as benchmarks/throughput.py writes it; those after it win.
+    parser.convert_arg_line_to_args = lambda arg_line: shlex.split(arg_line, comments=True)
     parser.add_argument("--ds-config", default="")
     parser.add_argument("--recipe", default="simclr-v1-paper", choices=sorted(RECIPES))
     parser.add_argument("--local_rank", "--local-rank", type=int)  # the launcher's; World reads it
@@ -33,7 +36,7 @@ def main() -> int:
         Config,
         default=recipe,
         args=rest,
-        prog="deepspeed fastclr/train.py --ds-config FILE [--recipe NAME]",
+        prog="deepspeed fastclr/train.py --ds-config FILE [--recipe NAME] [@FILE of flags]",
         description=f"Train SimCLR. Recipes: {', '.join(RECIPES)}; the defaults below are those "
         f"of {first.recipe}. What the DeepSpeed JSON sets is not set here.",
     )

@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -21,7 +21,7 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from torch import nn
 
-from fastclr import checkpointing, collectives, engine
+from fastclr import checkpointing, collectives, engine, ledger
 from fastclr.batch import Batch
 from fastclr.batch_norm import has_batch_norm
 from fastclr.checkpointing import Retention
@@ -29,6 +29,7 @@ from fastclr.clock import Clock
 from fastclr.config import ConfigError, FaultsConfig, raise_all
 from fastclr.contracts import BatchSource, Evaluation, Summary
 from fastclr.ds_config import JSON, read
+from fastclr.evaluation.linear_joint import JointProbe
 from fastclr.files import write_json
 from fastclr.finite import FiniteGuard, NonFiniteLoss
 from fastclr.interruption import Interruption, Preempted, WaitInterrupted
@@ -68,6 +69,7 @@ class Trainer:
         start_from: Checkpoint of another run that a new run goes on from.
         evaluation: Called every ``evaluate_every`` steps; the best checkpoint by it is kept.
         evaluate_every: Steps between evaluations; 0 for the end of each epoch.
+        probe: Classifier that is trained beside the model, which does not notice it.
         faults: What is done when something goes wrong.
         interruption: Catches signals; None to catch them in :meth:`fit`.
     """
@@ -92,6 +94,7 @@ class Trainer:
         start_from: str | Path | None = None,
         evaluation: Evaluation | None = None,
         evaluate_every: int = 0,
+        probe: JointProbe | None = None,
         faults: FaultsConfig = FaultsConfig(),  # noqa: B008
         interruption: Interruption | None = None,
     ) -> None:
@@ -104,7 +107,7 @@ class Trainer:
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
         self.retention = Retention(keep_checkpoints, keep_every)
         self.start_from = Path(start_from) if start_from else None
-        self.evaluation, self.evaluate_every = evaluation, evaluate_every
+        self.evaluation, self.evaluate_every, self.probe = evaluation, evaluate_every, probe
         self.faults, self.interruption = faults, interruption or Interruption()
         self.device = engine.device_of(self.world)
         self.engine: Any = None  # DeepSpeed's types deny what its engines have
@@ -118,6 +121,7 @@ class Trainer:
         self._seconds_before = 0.0  # training time of earlier starts
         self._saved_step = -1
         self._scores: RowLog | None = None
+        self._ledger: Any = None  # from fit on
         self._finite = FiniteGuard(self.world)
         self._watchdog = Watchdog(
             faults.watchdog_seconds, self.world.rank, self.world.num_ranks, self.run_dir
@@ -150,6 +154,8 @@ class Trainer:
             self.engine.backward(loss)
             self._finite.check()
             self.engine.step()
+        if self.probe:
+            self.probe.learn(batch.label_B, self.total_steps)
         self._count(batch)
         return loss.detach()
 
@@ -167,7 +173,10 @@ class Trainer:
 
     def _project(self, views_VBCHW: torch.Tensor) -> torch.Tensor:
         """Return the projections of views, view-major."""
-        return self.engine(views_VBCHW).z_ND
+        h_NF, z_ND = self.engine(views_VBCHW)
+        if self.probe and torch.is_grad_enabled():  # not in a gradient cache's first pass
+            self.probe.see(h_NF, len(views_VBCHW), self.step)
+        return z_ND
 
     def _accumulate(self, part: torch.Tensor) -> None:
         """Add a chunk's part of the gradient; the engine steps after the last one."""
@@ -206,6 +215,8 @@ class Trainer:
             self._resume(loader)
             if epochs is not None:
                 self.total_steps = max(1, round(epochs * loader.batches_per_epoch))
+            begun = ledger.begin(self.run_dir, loader, self.step, self.world, self.device)
+            self._ledger = stack.enter_context(closing(begun))
             self._loop(loader, minutes, self._open_log(stack))
         return self._summary(loader)
 
@@ -227,11 +238,13 @@ class Trainer:
             statistics: dict[str, torch.Tensor] | None = {} if should_log or is_last else None
             loss = self._step_or_skip(batch, statistics)
             position = loader.state_dict()
+            self._ledger.add(self.step, batch, loss, loader.num_damaged)
             if minutes is not None and should_log:
                 self._plan(minutes)
                 is_last = self.step == self.total_steps  # a plan ends a run at a log row
             if statistics is not None and loss is not None:
                 row = window.close(loss, statistics)
+                self._ledger.write()
                 if log:
                     log.write(row, self.total_steps)
             is_best = False
@@ -395,9 +408,11 @@ class Trainer:
             "seed": self.seed,  # with the step, all of the generators' state
             "loader": position,
         }
+        probe = self.probe.state_dict() if self.probe else None
         with self.clock.apart("checkpoint"), self._watchdog.phase("checkpoint", self.step):
+            self._ledger.commit()
             checkpointing.save(
-                self.engine, self._checkpoints, facts, self.retention, self._lars, is_best
+                self.engine, self._checkpoints, facts, self.retention, self._lars, is_best, probe
             )
         self._saved_step = self.step
 
@@ -408,7 +423,7 @@ class Trainer:
         checkpoint = checkpointing.choose(self._checkpoints, self.start_from, self.device)
         if checkpoint is None:
             return
-        facts = checkpointing.load(self.engine, checkpoint, self._lars)
+        facts = checkpointing.load(self.engine, checkpoint, self._lars, self.probe)
         loader.load_state_dict(facts["loader"])
         self.step, self.images = facts["step"], facts["images"]
         self.skipped_steps = facts["skipped_steps"]

@@ -196,7 +196,7 @@ def graph(
         device_memory_padding=max(_DEVICE_BYTES * height * width, _LEAST_DEVICE_BYTES),
         host_memory_padding=max(_HOST_BYTES * height * width, _LEAST_HOST_BYTES),
     )
-    nodes = [] if all(cropped) else [image]
+    nodes: list[Any] = [] if all(cropped) else [image]
     for view in np.flatnonzero(cropped).tolist():
         start, shape = (_input(f"{name}{view}", types.INT32, 1) for name in ("start", "shape"))
         first, last = (_input(f"{name}{view}", types.FLOAT, 1) for name in ("first", "last"))

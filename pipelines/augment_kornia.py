@@ -167,15 +167,15 @@ def _bicubic(
     Keys' cubic with a = -0.5, widened by the scale when it shrinks, cut at the crop's border and
     renormalised, as in Pillow.
     """
-    start, length = start[:, None, None].astype(np.int64), length[:, None, None].astype(np.int64)
-    scale = length / num_out
+    begin_N11, length_N11 = start[:, None, None].astype(np.int64), length[:, None, None]
+    scale = length_N11 / num_out
     widening = np.maximum(scale, 1)
     centre = (np.arange(num_out)[None, :, None] + 0.5) * scale
     first = np.maximum(centre - 2 * widening + 0.5, 0).astype(np.int64)
-    last = np.minimum(centre + 2 * widening + 0.5, length).astype(np.int64)
+    last = np.minimum(centre + 2 * widening + 0.5, length_N11).astype(np.int64)
     # Of the sources only those near an output are computed: as many for each, inside the image.
     taps = (last - first).max()
-    place = np.minimum(first, num_in - start - taps) + np.arange(taps)
+    place = np.minimum(first, num_in - begin_N11 - taps) + np.arange(taps)
     t = np.abs((place + 0.5 - centre) / widening)
     near = (1.5 * t - 2.5) * t * t + 1
     far = ((-0.5 * t + 2.5) * t - 4) * t + 2
@@ -183,7 +183,7 @@ def _bicubic(
     weights = np.where((place >= first) & (place < last), weights, 0)
     weights /= weights.sum(-1, keepdims=True)
     out = np.zeros((len(start), num_out, num_in), np.float32)
-    np.put_along_axis(out, place + start, weights.astype(np.float32), -1)
+    np.put_along_axis(out, place + begin_N11, weights.astype(np.float32), -1)
     return out
 
 

@@ -136,8 +136,8 @@ BACKENDS: dict[str, Make] = {
 
 # How far whole views may lie from the reference's: mean and largest difference in levels of 0..255.
 # What is left comes from sums that end near .5 before a rounding to 8 bit; a jitter can enlarge it.
-# On CUDA DALI's resize neither rounds nor clips between its passes, and beyond the border of a crop
-# it repeats the last pixel where Pillow sees nothing; on a CPU dali crops as threads does.
+# DALI's resize, on CUDA, neither rounds nor clips between its passes, and beyond a crop's border it
+# repeats the last pixel where Pillow sees nothing. On a CPU dali crops as threads does.
 TOLERANCE: dict[str, tuple[float, float]] = {
     "threads": (0.008, 4),
     "kornia": (0.008, 4),

@@ -12,6 +12,7 @@ from PIL import Image
 from fastclr.world import World
 from pipelines.decode import Pixels
 from pipelines.image_set import ImageSet
+from pipelines.order import Int64
 
 
 def evaluation_batches(
@@ -20,6 +21,7 @@ def evaluation_batches(
     batch_size: int = 256,
     world: World = World(),  # noqa: B008
     limit: int | None = None,
+    num_threads: int = 1,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield every image of this rank's part once, in order, without augmentation.
 
@@ -33,6 +35,7 @@ def evaluation_batches(
         world: Whose part: the ranks' parts, one after the other, are the images in order. They
             differ by one image at most, and may be empty.
         limit: Only the first so many images, which are a sample of all where packing shuffled.
+        num_threads: Threads that decode.
 
     Yields:
         uint8 images (n, 3, size, size), channels-last in memory, and int64 labels (n,).
@@ -40,7 +43,7 @@ def evaluation_batches(
     num_images = len(shard_set) if limit is None else min(limit, len(shard_set))
     start, stop = (num_images * (world.rank + k) // world.num_ranks for k in (0, 1))
     for first in range(start, stop, batch_size):
-        yield evaluation_range(shard_set, size, first, min(first + batch_size, stop))
+        yield evaluation_range(shard_set, size, first, min(first + batch_size, stop), num_threads)
 
 
 def evaluation_range(
@@ -55,16 +58,23 @@ def evaluation_range(
         stop: After the last image.
         num_threads: Threads that decode.
     """
+    return evaluation_rows(shard_set, size, np.arange(start, stop), num_threads)
+
+
+def evaluation_rows(
+    shard_set: ImageSet, size: int, ids: Int64, num_threads: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return chosen images, one or more, and labels, as :func:`evaluation_range` does."""
 
     def centre(sample_id: int) -> Pixels:
         return _centre(shard_set[sample_id], size)
 
     if num_threads > 1:
         with ThreadPoolExecutor(num_threads) as pool:
-            images = list(pool.map(centre, range(start, stop)))
+            images = list(pool.map(centre, ids.tolist()))
     else:
-        images = [centre(sample_id) for sample_id in range(start, stop)]
-    labels = shard_set.labels(np.arange(start, stop))
+        images = [centre(sample_id) for sample_id in ids.tolist()]
+    labels = shard_set.labels(ids)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipelines.augment_threads import Threads
-from pipelines.evaluation_views import evaluation_range
+from pipelines.evaluation_views import evaluation_rows
 from pipelines.image_set import ImageSet
 from pipelines.order import Int64
 from pipelines.policy import SimCLRPolicy
@@ -67,9 +67,8 @@ def crops_and_flips(
 
 
 def centres(
-    shard_set: ImageSet, size: int, ids: Int64, batch_size: int = 256
+    shard_set: ImageSet, size: int, ids: Int64, batch_size: int = 256, num_threads: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield given images as an evaluation sees them, in the given order, with labels."""
     for batch in np.array_split(ids, -(-len(ids) // batch_size)):
-        pairs = [evaluation_range(shard_set, size, i, i + 1) for i in batch.tolist()]
-        yield torch.cat([image for image, _ in pairs]), torch.cat([label for _, label in pairs])
+        yield evaluation_rows(shard_set, size, batch, num_threads)

@@ -11,7 +11,7 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
-from fastclr import encoders, heads
+from fastclr import batch_norm, encoders, heads
 from fastclr.batch_norm import (
     GlobalBatchNorm,
     has_batch_norm,
@@ -43,11 +43,28 @@ def deviation(found: dict, expected: dict) -> dict[str, float]:
     return {name: ((a - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 
 
-@pytest.mark.parametrize(("name", "momentum"), [("moving", 0.2), ("cumulative", None)])
+@pytest.mark.parametrize(
+    ("name", "momentum"), [("moving", 0.2), ("cumulative", None), ("channels last", 0.2)]
+)
 def test_over_unequal_ranks_it_is_one_process(ranks, measured, name, momentum):
     expected = ranks.measure(ranks.network(momentum), ranks.images(), 1.0)
     worst = deviation(measured[1][name], expected)
     assert max(worst.values()) < 1e-11, worst
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (6, 5), (6, 5, 7), (6, 5, 4, 3, 2)])
+@pytest.mark.parametrize("last", [False, True])
+def test_kernels_and_plain_operations_agree(monkeypatch, shape, last):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    if last and len(shape) == 4:
+        x, grad = (t.to(memory_format=torch.channels_last) for t in (x, grad))
+    fast = batch_norm._moments(x + 3)
+    sums = batch_norm._sums(grad, x, *fast, 1e-5)
+    monkeypatch.setattr(batch_norm, "_has_kernels", lambda _: False)
+    plain = batch_norm._moments(x + 3)
+    torch.testing.assert_close(fast, plain, rtol=1e-13, atol=0)
+    torch.testing.assert_close(sums, batch_norm._sums(grad, x, *plain, 1e-5), rtol=0, atol=1e-12)
 
 
 def test_local_statistics_would_be_seen(ranks, measured):

@@ -56,6 +56,7 @@ PROBLEMS = [
     ({"keep_every": -1}, "keep_every is -1"),
     ({"evaluation.every_epochs": 0}, "evaluation.every_epochs is 0"),
     ({"evaluation.most_images": 19}, "evaluation.most_images is 19"),
+    ({"evaluation.joint_probe": True}, "evaluation.joint_probe without evaluation.test"),
     ({"faults.most_skipped": -1}, "faults.most_skipped is -1"),
     ({"faults.watchdog_seconds": 0.5}, "faults.watchdog_seconds is 0.5"),
     ({"start_from": "a", "initial_weights": "b"}, "start_from is a and initial_weights b"),

@@ -20,6 +20,8 @@ def num_parameters(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize(
     ("name", "settings", "size"),
     [
+        ("resnet8", {"width": 0.25, "stem": "small"}, 32),
+        ("resnet14", {"width": 0.25, "stem": "small"}, 32),
         ("resnet10", {"width": 0.25}, 32),
         ("resnet10", {"width": 0.5, "stem": "small_stride2"}, 32),
         ("resnet10", {"width": 1, "stem": "small"}, 32),
@@ -42,7 +44,13 @@ def test_features_are_as_wide_as_promised(name, settings, size):
 
 @pytest.mark.parametrize(
     ("name", "width", "feature_dim"),
-    [("resnet10", 0.25, 128), ("resnet18", 1, 512), ("resnet34", 2, 1024), ("resnet50", 2, 4096)],
+    [
+        ("resnet8", 0.25, 64),
+        ("resnet10", 0.25, 128),
+        ("resnet18", 1, 512),
+        ("resnet34", 2, 1024),
+        ("resnet50", 2, 4096),
+    ],
 )
 def test_width_multiplies_the_features(name, width, feature_dim):
     with torch.device("meta"):
@@ -96,7 +104,7 @@ def test_every_listed_resnet_takes_every_stem():
     with torch.device("meta"):
         for name in encoders.RESNETS:
             for stem in encoders.STEMS:
-                assert encoders.create(name, 0.25, stem).feature_dim in (128, 512)
+                assert encoders.create(name, 0.25, stem).feature_dim in (64, 128, 512)
 
 
 def test_a_configuration_is_enough():
@@ -108,7 +116,7 @@ def test_a_configuration_is_enough():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "resnet_fifty"}, r"'resnet_fifty' is unknown to timm.*choose resnet10"),
+        ({"name": "resnet_fifty"}, r"'resnet_fifty' is unknown to timm.*choose resnet8"),
         ({"name": "resnet18.no_such_tag"}, "no_such_tag.*choose"),
         ({"name": ""}, "is unknown to timm"),
         ({"name": "convnext_atto", "width": 2}, "no width 2.*Leave them at 1 and imagenet"),

@@ -182,6 +182,14 @@ def test_the_hub_layout_needs_no_network_and_says_what_the_input_is(plain, tmp_p
     assert ten.get_classifier().out_features == 10
 
 
+def test_three_stages_are_exported_where_an_architecture_has_them(tmp_path):
+    run = make_run(tmp_path / "run", EncoderConfig("resnet8"), size=32)
+    for other in ("timm", "huggingface", "torchvision"):
+        with pytest.raises(ConfigError, match="four stages, resnet8 has three"):
+            export.export_run(run, other, tmp_path / other)
+    assert export.export_run(run, "safetensors", tmp_path / "out").is_dir()
+
+
 @pytest.mark.parametrize("size", [32, 96, 128, 224])
 def test_timms_transform_makes_our_views(size):
     subject = formats.Subject(formats.new_encoder(TINY, False), TINY, False, size)

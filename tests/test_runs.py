@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +39,33 @@ def go_on(folder: Path, before: Config, now: Config) -> None:
 def test_what_may_change(tmp_path: Path, data: dict[str, Any]) -> None:
     go_on(tmp_path, CONFIG, changed(**data))
     go_on(tmp_path, changed(**data), CONFIG)
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    before = asdict(CONFIG)
+    del before["evaluation"]["joint_probe"], before["optimizer"]["nesterov"]
+    (tmp_path / "config.json").write_text(json.dumps({"config": before}))
+    runs._refuse_another_run(tmp_path, CONFIG)
+    joint = replace(CONFIG, evaluation=replace(CONFIG.evaluation, joint_probe=True))
+    with pytest.raises(ConfigError, match=r"evaluation\.joint_probe: False before, True now"):
+        runs._refuse_another_run(tmp_path, joint)
+
+
+def test_a_joint_probe_needs_labels_of_the_same_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(path: str, *names: str) -> Any:
+        return SimpleNamespace(path=path, class_names=list(names), num_classes=len(names))
+
+    evaluation = replace(CONFIG.evaluation, test="test", joint_probe=True)
+    config = replace(CONFIG, evaluation=evaluation, global_batch_size=256)
+    model: Any = SimpleNamespace(encoder=SimpleNamespace(feature_dim=7))
+    monkeypatch.setattr(data_sets, "open_data", lambda text, data: named(text, "a", "b"))
+    cpu = torch.device("cpu")
+    probe = runs._joint_probe(config, named("train", "a", "b"), model, cpu)
+    assert probe is not None and probe.classifier.weight.shape == (2, 7)
+    for other in (named("train"), named("train", "b", "a"), named("train", "a", "b", "c")):
+        with pytest.raises(ConfigError, match=r"train has the classes .* test \['a', 'b'\]"):
+            runs._joint_probe(config, other, model, cpu)
+    assert runs._joint_probe(CONFIG, named("train"), model, cpu) is None
 
 
 def test_auto_is_settled_before_runs_are_compared(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ def verify(
     ds_config: Path = Path("fastclr/recipes/fp32.json"),
     json: Path | None = None,
     scratch: Path = Path("runs"),
+    ledger: Path | None = None,
+    train: str = "",
 ) -> bool:
     """Compare losses, gradients, LARS, BatchNorm, order, views and resume with one process.
 
@@ -33,7 +35,16 @@ def verify(
         ds_config: DeepSpeed JSON of the run to come; its batch sizes are replaced by tiny ones.
         json: File to write the rows to.
         scratch: Folder that all ranks see; what is written there is removed.
+        ledger: Folder of a training run: prove instead, from the record of its steps, that it saw
+            each image once an epoch, over interruptions and changes of ranks.
+        train: Training data of that run, where it lies elsewhere now.
     """
+    if ledger:
+        from fastclr.audit import audit
+
+        rows = audit(ledger, train)
+        _print(rows)
+        return all(row.is_good for row in rows)
     from fastclr import verify as verification
     from fastclr.files import write_json
     from fastclr.world import World
@@ -49,8 +60,8 @@ def verify(
     return all(row.is_good for row in rows)
 
 
-def _show(rows: list[Any], summary: dict[str, Any]) -> None:
-    """Print the table and one line that says what it is about."""
+def _print(rows: list[Any]) -> Console:
+    """Print the table."""
     table = Table("check", "what", "deviation", "limit", "result", "seconds")
     for row in rows:
         numbers = ("" if x is None else f"{x:.2g}" for x in (row.deviation, row.limit))
@@ -61,6 +72,12 @@ def _show(rows: list[Any], summary: dict[str, Any]) -> None:
     console = Console()
     console.width = console.width if console.is_terminal else 132
     console.print(table)
+    return console
+
+
+def _show(rows: list[Any], summary: dict[str, Any]) -> None:
+    """Print the table and one line that says what it is about."""
+    console = _print(rows)
     versions = ", ".join(f"{k} {summary['versions'][k]}" for k in ("fastclr", "torch", "deepspeed"))
     counts = ", ".join(f"{count} {status}" for status, count in summary["counts"].items() if count)
     console.print(

@@ -19,7 +19,7 @@ from typing import Any
 import kornia.augmentation as K
 import numpy as np
 import torch
-from lightly.transforms import SimCLRTransform
+from peer_parts.simclr import lightly_transform
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
@@ -94,13 +94,6 @@ def _case(folder: Path, packed: Path, policy: SimCLRPolicy, batch: int) -> Case:
 
 
 CASES = {"224-jpeg": jpeg_224, "32-png": png_32}
-
-
-def lightly_transform(policy: SimCLRPolicy) -> Any:
-    """Return lightly's two views, on Pillow's images."""
-    return SimCLRTransform(
-        policy.size, cj_strength=policy.color_strength, gaussian_blur=policy.blur_prob
-    )
 
 
 def torchvision_transform(policy: SimCLRPolicy) -> Any:

@@ -32,11 +32,12 @@ def knn_accuracy(
     *,
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
+    impl: str = "torch",
     block: int = _QUERIES,
 ) -> float:
     """Return the top-1 test accuracy, 0..1, of the weighted vote; see :func:`knn_scores`."""
     scores = knn_scores(
-        train, test, neighbours=(neighbours,), temperatures=(temperature,), block=block
+        train, test, neighbours=(neighbours,), temperatures=(temperature,), impl=impl, block=block
     )
     return scores[neighbours, temperature]
 
@@ -89,6 +90,38 @@ def knn_scores(
             for k, winner_N in votes:
                 right[k, temperature] += int((winner_N == truth_N).sum())
     return {setting: count / len(test.label_X) for setting, count in right.items()}
+
+
+def nearest(
+    train: Features,
+    test: Features,
+    most: int,
+    *,
+    impl: str = "torch",
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Return cosine similarities, falling, and rows of the nearest training images of each query.
+
+    Args:
+        train: Features that are found.
+        test: Features that are looked for.
+        most: How many of each; all if there are fewer.
+        impl: Key of :data:`IMPLEMENTATIONS`.
+        device: Where ``torch`` compares.
+
+    Returns:
+        Both (X, most); of equals the first row comes first.
+
+    Raises:
+        ConfigError: As :func:`knn_scores`.
+        FloatingPointError: If a feature is not finite.
+    """
+    check_pair(train, test)
+    _check_settings((most,), (TEMPERATURE,), impl)
+    most = min(most, len(train.label_X))
+    found = list(IMPLEMENTATIONS[impl](train, test, most, _QUERIES, device))
+    similarity_XK, row_XK = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+    return similarity_XK, row_XK
 
 
 def _check_settings(neighbours: Sequence[int], temperatures: Sequence[float], impl: str) -> None:

@@ -15,6 +15,11 @@ from fastclr.evaluation.knn import knn_accuracy
 from fastclr.evaluation.ridge import ridge_probe
 
 H, _HEAD = "h", "projection_head."
+PROTOCOL = (
+    "Ridge regression and nearest neighbours, as in the protocols ridge and knn, on every stage of "
+    "the encoder (averaged over places), on h, and on the outputs of the head's modules: the head "
+    "discarded from the top, one module after the other."
+)
 
 
 class Layers:

@@ -51,6 +51,13 @@ def linear_probe(train: Features, test: Features, *, seed: int = 0) -> LinearSco
     Raises:
         ConfigError: If there are fewer than 2 classes, 20 training rows, or 2 rows a class.
     """
+    return linear_answers(train, test, seed=seed)[0]
+
+
+def linear_answers(
+    train: Features, test: Features, *, seed: int = 0
+) -> tuple[LinearScore, npt.NDArray[np.int64]]:
+    """Return :func:`linear_probe`'s score, and its answers to the test images, int64 (X,)."""
     check_labels(train.label_X)
     train, test = standardised(train, test)
     fitting, validation = split(train.label_X, seed)
@@ -63,7 +70,8 @@ def linear_probe(train: Features, test: Features, *, seed: int = 0) -> LinearSco
     _, l2, model = max(fits, key=lambda fit: fit[0])
     model.max_iter = _FINAL_ITERATIONS
     _fit(model, train, l2)
-    return LinearScore(float(model.score(*test)), l2)
+    answer_X = model.predict(test.h_XF)
+    return LinearScore(float((answer_X == test.label_X).mean()), l2), answer_X
 
 
 def check_labels(label_X: npt.NDArray[np.int64]) -> None:

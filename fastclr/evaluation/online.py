@@ -18,7 +18,9 @@ from fastclr.evaluation.collapse import Monitors, monitors
 from fastclr.evaluation.features import Features
 from fastclr.evaluation.knn import knn_accuracy
 from fastclr.evaluation.linear import check_labels
+from fastclr.evaluation.linear_joint import JointProbe
 from fastclr.evaluation.ridge import ridge_probe
+from fastclr.evaluation.scoring import top1
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
@@ -53,12 +55,18 @@ class OnlineEvaluation:
         held_out: Images that are classified.
         pairs_VBCHW: This rank's part of a fixed batch of views for the monitors of collapse, uint8
             (2, B, 3, H, W), one forward pass; None for none of them, on every rank.
+        probe: Classifier that is trained beside the model and scored here too.
     """
 
     def __init__(
-        self, fitting: ImageSet, held_out: ImageSet, pairs_VBCHW: torch.Tensor | None = None
+        self,
+        fitting: ImageSet,
+        held_out: ImageSet,
+        pairs_VBCHW: torch.Tensor | None = None,
+        probe: JointProbe | None = None,
     ) -> None:
         self.fitting, self.held_out, self.pairs_VBCHW = fitting, held_out, pairs_VBCHW
+        self.probe = probe
 
     def check(self) -> None:
         """Refuse images that cannot be scored; no image is read.
@@ -95,9 +103,9 @@ class OnlineEvaluation:
                 dtype; :class:`~fastclr.simclr.SimCLR`, inside an engine or alone.
 
         Returns:
-            ``knn_top1`` and ``linear_top1`` (ridge regression), both 0..1, and the fields of
-            :class:`~fastclr.evaluation.collapse.Monitors` where there are pairs. The same on
-            every rank, and up to rounding for every number of ranks.
+            ``knn_top1`` and ``linear_top1`` (ridge regression), ``joint_top1`` where there is a
+            probe, all 0..1, and the fields of :class:`~fastclr.evaluation.collapse.Monitors` where
+            there are pairs. The same on every rank, and up to rounding for every number of ranks.
 
         Raises:
             FloatingPointError: If a feature is not finite; on every rank.
@@ -109,10 +117,14 @@ class OnlineEvaluation:
             held_out = _features(model, self.held_out, device)
             views = self.pairs_VBCHW
             pairs = None if views is None else _projected(model, views.to(device))
-        names = ["knn_top1", "linear_top1", *(Monitors._fields if pairs else ())]
+        names = ["knn_top1", "linear_top1", *(["joint_top1"] if self.probe else [])]
+        names += Monitors._fields if pairs else ()
         values = torch.zeros(len(names), dtype=torch.float64, device=device)
         if collectives.rank() == 0:  # of one rank: rounding on another could tip a vote
             scores = [knn_accuracy(fitting, held_out), ridge_probe(fitting, held_out).top1]
+            if self.probe:
+                answer_X = self.probe.answers(torch.from_numpy(held_out.h_XF)).cpu().numpy()
+                scores.append(top1(answer_X, held_out.label_X))
             scores += monitors(*pairs) if pairs else ()
             values = values.new_tensor(scores)
         if collectives.num_ranks() > 1:

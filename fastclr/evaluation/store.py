@@ -13,8 +13,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from fastclr import collectives
 from fastclr.config import ConfigError
@@ -103,9 +101,9 @@ def cached_features(
     parts[_LABEL] = _Part(folder, {"layer": _LABEL, "weights": "", **whole, **split})
     missing = {name: part for name, part in parts.items() if not part.is_whole()}
     if collectives.any_rank(bool(missing)):
-        with _together():
+        with collectives.together():
             _take(missing, layers, images, device, progress, block, batch)
-        with _together():
+        with collectives.together():
             if collectives.rank() == 0:
                 for part in missing.values():
                     part.finish(_blocks(images.num_images, block))
@@ -154,25 +152,6 @@ def _batches(images: Images, start: int, stop: int, batch: int) -> Batches:
     """Yield the images of a block."""
     for first in range(start, stop, batch):
         yield images.read(first, min(first + batch, stop))
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """Wait for all ranks; if one fails, all do, and say why."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:  # the others wait for this rank, whatever it is
-        error = caught
-    if collectives.num_ranks() > 1:
-        said: list[Any] = [None] * collectives.num_ranks()
-        mine = None if error is None else (isinstance(error, FloatingPointError), str(error))
-        dist.all_gather_object(said, mine, group=collectives.host_group())
-        if error is None and any(said):
-            rank, (is_number, text) = next((r, s) for r, s in enumerate(said) if s)
-            raise (FloatingPointError if is_number else RuntimeError)(f"rank {rank}: {text}")
-    if error is not None:
-        raise error
 
 
 class _Part:

@@ -122,6 +122,8 @@ def timm_name(subject: Subject) -> tuple[str, dict[str, Any]]:
 def _unfit_for_timm(subject: Subject) -> str:
     """Say why timm cannot build the architecture from a name and arguments."""
     config = subject.config
+    if subject.is_resnet and len(encoders.RESNETS[config.name][1]) != 4:
+        return f"timm's ResNets have four stages, {config.name} has three"
     if config.width != 1 or config.stem != "imagenet":
         return (
             f"timm has no arguments for {config.name} with width {config.width:g} and stem "
@@ -137,6 +139,8 @@ def _unfit_for_torchvision(subject: Subject) -> str:
     config = subject.config
     if not subject.is_resnet:
         return f"{config.name} is none of the ResNets {', '.join(encoders.RESNETS)}"
+    if len(encoders.RESNETS[config.name][1]) != 4:
+        return f"torchvision's ResNets have four stages, {config.name} has three"
     if config.width != 1:
         return f"torchvision's ResNet begins with 64 channels: width {config.width:g} does not fit"
     return ""

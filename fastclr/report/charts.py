@@ -12,6 +12,7 @@ import html
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
-from fastclr.report.template import Markup
+from fastclr.report.template import COLOURS, Markup
 
 _INK, _GRID, _FIRST, _SECOND, _MUTED = "#010101", "#020202", "#030303", "#040404", "#050505"
 _CSS_COLORS = {
@@ -65,7 +66,7 @@ def line_chart(
     Returns:
         An `<svg>` element.
     """
-    figure, axes = _axes()
+    figure, axes = new_axes()
     stride = -(-len(x_N) // _MAX_LINE_POINTS)
     marker = "o" if len(x_N) == 1 else ""
     axes.plot(x_N[::stride], y_N[::stride], color=_FIRST, alpha=0.3, linewidth=0.9)
@@ -81,7 +82,7 @@ def line_chart(
         axes.set_ylim(bottom=0)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    return _svg(figure, name, f"{y_label} over {x_label}")
+    return svg(figure, name, f"{y_label} over {x_label}")
 
 
 def series_chart(
@@ -92,22 +93,22 @@ def series_chart(
     Args:
         name: Chart name, unique on the page.
         x_N: Horizontal values, shape (N,), N >= 1.
-        series: Two series by their names in the legend; shape (N,), values 0..1.
+        series: Up to three series by their names in the legend; shape (N,), values 0..1.
         x_label: Label of the horizontal axis, with the unit.
         y_label: Label of the vertical axis; also the text alternative.
 
     Returns:
         An `<svg>` element.
     """
-    figure, axes = _axes()
-    for (label, y_N), color in zip(series.items(), (_FIRST, _SECOND), strict=True):
+    figure, axes = new_axes()
+    for (label, y_N), color in zip(series.items(), series_colors(len(series)), strict=True):
         axes.plot(x_N, y_N, color=color, linewidth=2, marker="o", markersize=4, label=label)
     highest = max(y_N.max() for y_N in series.values())
     axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, 1.08 * highest or 1))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    _legend(axes)
-    return _svg(figure, name, f"{y_label} over {x_label}: {', '.join(series)}")
+    add_legend(axes)
+    return svg(figure, name, f"{y_label} over {x_label}: {', '.join(series)}")
 
 
 def score_chart(name: str, scores: Mapping[str, Mapping[str, float]], *, chance: float) -> Markup:
@@ -121,7 +122,7 @@ def score_chart(name: str, scores: Mapping[str, Mapping[str, float]], *, chance:
     Returns:
         An `<svg>` element.
     """
-    figure, axes = _axes()
+    figure, axes = new_axes()
     for index, (encoder, color) in enumerate(ENCODERS.items()):
         values = [scores[encoder]["linear_top1"], scores[encoder]["knn_top1"]]
         bars = axes.bar(np.arange(2) + (index - 1) * 0.27, values, 0.24, color=color, label=encoder)
@@ -129,8 +130,93 @@ def score_chart(name: str, scores: Mapping[str, Mapping[str, float]], *, chance:
     axes.axhline(chance, color=_INK, linewidth=1.2, linestyle=":")
     axes.set_xticks(np.arange(2), ["linear top-1", "kNN top-1"])
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    _legend(axes)
-    return _svg(figure, name, "linear and kNN top-1 accuracy: trained, untrained, pixels")
+    add_legend(axes)
+    return svg(figure, name, "linear and kNN top-1 accuracy: trained, untrained, pixels")
+
+
+def bars_chart(
+    name: str,
+    labels: Sequence[str],
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x_label: str,
+    reference: float | None = None,
+) -> Markup:
+    """Draw horizontal bars of fractions with their standard errors, a group a label.
+
+    Args:
+        name: Chart name, unique on the page.
+        labels: Names of the G groups, from the top.
+        series: Up to three by their names in the legend: G means and G errors, 0..1; a mean or
+            error that is NaN is left out.
+        x_label: Label of the horizontal axis; also the text alternative.
+        reference: Level to mark with a dotted line, such as chance.
+
+    Returns:
+        An `<svg>` element.
+    """
+    figure = Figure(
+        figsize=(6.4, 0.9 + 0.24 * len(labels) * (len(series) + 0.4)), layout="constrained"
+    )
+    axes = _quiet(figure.add_subplot(), "x")
+    place_G = np.arange(len(labels))
+    height = 0.8 / max(1, len(series))
+    for index, (label, (mean_G, error_G)) in enumerate(series.items()):
+        color = (_FIRST, _SECOND, _MUTED)[index]
+        y_G = place_G + (index - (len(series) - 1) / 2) * height
+        bar_G, whisker_G = np.nan_to_num(mean_G), np.nan_to_num(error_G)
+        axes.barh(y_G, bar_G, 0.88 * height, color=color, label=label)
+        axes.errorbar(
+            bar_G, y_G, xerr=whisker_G, fmt="none", ecolor=_INK, elinewidth=1.2, capsize=2
+        )
+    if reference is not None:
+        axes.axvline(reference, color=_INK, linewidth=1.2, linestyle=":")
+    axes.set_yticks(place_G, labels)
+    axes.invert_yaxis()
+    axes.set(xlabel=x_label)
+    axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
+    add_legend(axes)
+    return svg(figure, name, f"{x_label}: {', '.join(series)}")
+
+
+def grid_chart(name: str, labels: Sequence[str], value_GG: np.ndarray, *, title: str) -> Markup:
+    """Draw a square of fractions, each written into its cell on a colour that is its size.
+
+    Args:
+        name: Chart name, unique on the page.
+        labels: Names of the G rows and columns.
+        value_GG: Fractions, shape (G, G); NaN leaves a cell empty.
+        title: What the numbers are; also the text alternative.
+
+    Returns:
+        An `<svg>` element.
+    """
+    side = 1.6 + 0.62 * len(labels)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = _quiet(figure.add_subplot(), None)
+    low, high = np.nanmin(value_GG), np.nanmax(value_GG)
+    for row, column in np.argwhere(np.isfinite(value_GG)):
+        value = value_GG[row, column]
+        share = (value - low) / (high - low) if high > low else 1.0
+        # The text must be readable on it in both colour schemes: never more than half opaque.
+        axes.fill_between(
+            [column - 0.48, column + 0.48], row - 0.48, row + 0.48,
+            color=_FIRST, alpha=0.05 + 0.45 * share, linewidth=0,
+        )  # fmt: skip
+        axes.text(column, row, f"{100 * value:.1f}", ha="center", va="center", color=_INK)
+    axes.set_xticks(np.arange(len(labels)), labels, rotation=35)
+    axes.set_yticks(np.arange(len(labels)), labels)
+    axes.set(xlim=(-0.5, len(labels) - 0.5), ylim=(len(labels) - 0.5, -0.5), title=title)
+    axes.title.set_color(_INK)
+    axes.title.set_fontsize(10)
+    return svg(figure, name, title)
+
+
+def standalone(chart: Markup) -> str:
+    """Return a chart as an SVG file of its own, with the page's colours and font inside."""
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    head, rest = chart.split(">", 1)
+    return f"{head.replace('<svg', f'<svg {names}', 1)}><style>{COLOURS}</style>{rest}\n"
 
 
 def scatter_chart(name: str, points_N2: np.ndarray, colors_N: Sequence[str]) -> Markup:
@@ -150,7 +236,7 @@ def scatter_chart(name: str, points_N2: np.ndarray, colors_N: Sequence[str]) -> 
     unit_N2 = unit_square(points_N2)
     axes.scatter(unit_N2[:, 0], unit_N2[:, 1], s=22, c=list(colors_N), alpha=0.85, linewidths=0)
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    return _svg(figure, name, "t-SNE of the representation h, one dot per image")
+    return svg(figure, name, "t-SNE of the representation h, one dot per image")
 
 
 def thumbnail_mosaic(
@@ -192,6 +278,11 @@ def class_colors(num_classes: int) -> list[str]:
     return ["#" + "".join(f"{round(channel * 255):02x}" for channel in color) for color in rgb]
 
 
+def series_colors(num_series: int) -> list[str]:
+    """Return one colour a series, the page's own first."""
+    return [_FIRST, _SECOND, _MUTED, *_CLASS_COLORS[1:], *class_colors(num_series)][:num_series]
+
+
 def png_data_uri(image: np.ndarray, *, max_side: int | None = None) -> str:
     """Encode uint8 (H, W, 3 or 4) as a PNG data URI, shrunk to `max_side` pixels if larger."""
     picture = Image.fromarray(image)
@@ -216,28 +307,33 @@ def _running_mean(y_N: np.ndarray, window: int) -> np.ndarray:
     return total_N / np.convolve(np.ones(len(y_N)), kernel, mode="same")
 
 
-def _axes() -> tuple[Figure, Axes]:
+def new_axes() -> tuple[Figure, Axes]:
     """Return an empty figure with the report's quiet axes."""
     figure = Figure(figsize=(4.9, 3.0), layout="constrained")
-    axes = figure.add_subplot()
+    return figure, _quiet(figure.add_subplot(), "y")
+
+
+def _quiet(axes: Axes, grid: Literal["x", "y"] | None) -> Axes:
+    """Take from axes what is not needed; a grid across one of them at most."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)
     axes.tick_params(colors=_INK, length=0, labelsize=10)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    if grid:
+        axes.grid(axis=grid, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.xaxis.label.set_color(_INK)
     axes.yaxis.label.set_color(_INK)
-    return figure, axes
+    return axes
 
 
-def _legend(axes: Axes) -> None:
+def add_legend(axes: Axes) -> None:
     """Name the series above the chart."""
     axes.legend(
         frameon=False, ncols=3, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.02)
     )
 
 
-def _svg(figure: Figure, name: str, description: str) -> Markup:
+def svg(figure: Figure, name: str, description: str) -> Markup:
     """Render a figure to an `<svg>` element with its own ids and the page's colours and font."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from string import Template
 
+from fastclr.report import picture_templates
+
 
 class Markup(str):
     """HTML that this package made; any other `str` is text and gets escaped."""
@@ -44,12 +46,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
 
 def page(title: str, body: Iterable[Markup]) -> str:
     """Return the whole document from its title and its sections."""
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode("ascii")
+    script = _SCRIPT + picture_templates.SCRIPT
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     html = fill(
         _PAGE,
         title=title,
-        style=Markup(_STYLE),
-        script=Markup(_SCRIPT),
+        style=Markup(_STYLE + picture_templates.STYLE),
+        script=Markup(script),
         script_digest=digest,
         body=Markup("\n".join(body)),
     )
@@ -57,15 +60,21 @@ def page(title: str, body: Iterable[Markup]) -> str:
     return html.encode("utf-8", errors="replace").decode("utf-8")
 
 
-_STYLE = """
+# What charts are drawn in; also inside a chart that is a file of its own.
+COLOURS = """
 :root { color-scheme: light dark;
   --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   --page: #f5f6f9; --panel: #fff; --ink: #171a23; --muted: #5c6373; --line: #e2e5ec;
-  --first: #4a4fdc; --second: #0d9488; --third: #a4abba; }
+  --first: #4a4fdc; --second: #0d9488; --third: #a4abba; --wrong: #d2344a; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #0e1117; --panel: #171b24; --ink: #e8eaf0; --muted: #9aa3b5; --line: #2a303d;
-  --first: #8f96ff; --second: #2dc4b2; --third: #6b7384; } }
+  --first: #8f96ff; --second: #2dc4b2; --third: #6b7384; --wrong: #ff7d8c; } }
+"""
+
+_STYLE = (
+    COLOURS
+    + """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 var(--sans); }
 main { max-width: 1120px; margin: 0 auto; padding: 40px 20px 72px; }
@@ -123,6 +132,9 @@ summary { cursor: pointer; padding: 14px 0; font-weight: 600; }
 details > :last-child { margin-bottom: 18px; }
 details table { font-size: .86rem; }
 details th { width: 50%; color: var(--muted); }
+.wide { padding: 4px 18px; overflow-x: auto; }
+.wide td:not(:last-child), .wide thead th { white-space: nowrap; }
+.study { margin: 16px 0; padding: 18px; max-width: 720px; }
 .groups { columns: 2 320px; column-gap: 40px; }
 .groups > div { break-inside: avoid; }
 .groups h3 { margin-top: 0; padding-top: 12px; }
@@ -135,6 +147,7 @@ button { margin: 10px 10px 10px 0; padding: 5px 14px; font: 600 .84rem var(--san
   cursor: pointer; color: var(--ink); background: var(--page); border: 1px solid var(--line);
   border-radius: 8px; }
 """
+)
 
 # Browsers may refuse the clipboard; the command is then selected for the keyboard.
 _SCRIPT = """
@@ -222,7 +235,7 @@ EVALUATIONS = Template("""<section><h2>Online evaluation</h2>
 <figure class="panel">$chart
 <figcaption>Top-1 accuracy of the frozen encoder while training, on a fixed part of the labelled
 images; at the end $last. Compare the points of a curve with each other, not with the final scores:
-those rest on all images and a slower linear probe. Here: $protocol</figcaption></figure>
+those rest on all images and a slower linear probe. Linear: $protocol$joint</figcaption></figure>
 $rank
 </div></section>""")
 
@@ -282,5 +295,18 @@ PROVENANCE = Template("""<section><h2>How this run was made</h2>
 <details><summary>DeepSpeed JSON</summary><pre>$ds_config</pre></details>
 <details><summary>Versions</summary>$versions</details>
 <details><summary>Hardware and time</summary>$hardware</details></section>""")
+
+STUDIES_HEADER = Template("""<p class="kicker">fastclr · studies</p>
+<h1>$title</h1>
+<p class="summary">$summary</p>
+<p class="panel note">$rule</p>""")
+
+STUDY = Template("""<section><h2>$title</h2>
+<p>$question</p>
+<div class="panel wide">$table</div>
+<figure class="panel study">$chart<figcaption>$caption</figcaption></figure>
+<h3>Claims</h3>
+<div class="panel wide">$claims</div>
+<p class="note">$provenance</p></section>""")
 
 GROUP = Template("<div><h3>$name</h3>$table</div>")

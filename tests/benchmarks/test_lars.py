@@ -35,19 +35,22 @@ def test_rows_and_page(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     page = out.read_text()
     assert "Written by hand." in page and "yesterday" not in page
-    first, *rows = [json.loads(line) for line in out.with_suffix(".jsonl").open()]
-    assert {"hardware", "threads", "versions"} <= first["facts"].keys()
-    names = [row["what"] for row in rows]
+    rows = [json.loads(line) for line in out.with_suffix(".jsonl").open()]
+    assert {"hardware", "threads", "versions"} <= rows[0].keys()
+    names = [row["variant"] for row in rows]
     assert {"fastclr", "lightly", "torch-optimizer", "plain loop", "SGD, fused"} < set(names)
     for row in rows:
         assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
-        assert f"| {row['what']} |" in page
-    assert (rows[0]["model"], rows[0]["parameters"] > 1e5) == ("test_resnet", True)
+        assert f"| {row['variant']} |" in page
+    sizes = rows[0]["sizes"]
+    assert (sizes["model"], sizes["parameters"] > 1e5) == ("test_resnet", True)
 
 
 def test_targets_are_judged(script: ModuleType) -> None:
     seconds = {"fastclr": [1.0, 2.0], "lightly": [3.1, 6.2], "torch-optimizer": [1.4, 2.8]}
-    rows = [{"what": name, "seconds": s} for name, s in {**seconds, script.FLOOR: [1, 2]}.items()]
+    rows = [
+        {"variant": name, "seconds": s} for name, s in {**seconds, script.FLOOR: [1, 2]}.items()
+    ]
     lightly, torch_optimizer, floor = script.targets(rows)[2:5]
     assert lightly.endswith("| >= 3.0 | 3.10 | met |")
     assert torch_optimizer.endswith("| >= 1.5 | 1.40 | **missed** |")

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from fastclr import checkpointing, runs
+from fastclr import checkpointing, ledger, runs
 from fastclr.cli import guard
 from fastclr.config import Config, DataConfig, EncoderConfig, HeadConfig
 from fastclr.interruption import Interruption
@@ -149,7 +149,17 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     facts = checkpointing.read_facts(checkpoint)
     kept = {name: facts[name] for name in ("step", "images", "loader", "total_steps")}
     tensors = {name: facts["sha256"][name] for name in ("model.safetensors", "lars.safetensors")}
-    return {**kept, **tensors, "losses": losses(run_dir)}
+    return {**kept, **tensors, "losses": losses(run_dir), "ledger": lessons(run_dir)}
+
+
+def lessons(run_dir: Path) -> list[tuple[int, int, list[int], int, str]]:
+    """Return what each rank's steps that count learned from: step, rank, ids, views, loss."""
+    return sorted(
+        (entry.step, rank, entry.id_B.tolist(), entry.views, entry.loss.hex())
+        for _, ranks in ledger.history(run_dir)
+        for rank, own in enumerate(ranks)
+        for entry in own
+    )
 
 
 def losses(run_dir: Path) -> list[list[float]]:

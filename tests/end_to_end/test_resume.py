@@ -11,6 +11,8 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from fastclr.audit import audit
+
 pytestmark = pytest.mark.slow
 
 SETTINGS = (
@@ -66,6 +68,32 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(commands, photos, tmp_p
         load_file(path / "checkpoints/step-0000020/model.safetensors") for path in runs.values()
     ]
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
+    _account(commands, runs["killed"], ranks)
+
+
+def _account(commands, run_dir, ranks):
+    """The ledger proves what was seen, a step can be taken again, and what is wrong shows."""
+    assert {row.status for row in audit(run_dir)} == {"pass"}
+    if ranks == 2:
+        again = ("tools/replay.py", run_dir, "--step", "13")
+        launcher = ("deepspeed", "--num_accelerators", "2", "--master_port", "29941")
+        done = commands.run(*launcher, *again)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert "steps 11 to 13" in done.stdout
+    file = max((run_dir / "ledger").glob("start-*-rank-00000.jsonl"))
+    lines = file.read_text().splitlines(keepends=True)
+    fields = [json.loads(line) for line in lines]
+    views = {**fields[1], "views": fields[2]["views"]}
+    ids = {**fields[1], "ids": fields[2]["ids"]}
+    for wrong, failing in (
+        (json.dumps(views) + "\n", {"batches of 100, whose views"}),
+        (json.dumps(ids) + "\n", {"images of 20 steps", "images twice", "images never"}),
+        ("", {"steps to 20"}),
+    ):
+        file.write_text("".join([lines[0], wrong, *lines[2:]]))
+        found = {row.what for row in audit(run_dir, num_views=100) if row.status == "FAIL"}
+        assert all(any(what.startswith(words) for what in found) for words in failing), found
+    file.write_text("".join(lines))
 
 
 def rank_process(process, rank):

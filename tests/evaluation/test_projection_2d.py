@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastclr.config import ConfigError
-from fastclr.evaluation.projection_2d import tsne
+from fastclr.evaluation.projection_2d import METHODS, embed, tsne
 
 
 def clusters(num_points: int = 90, num_features: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -18,9 +18,10 @@ def clusters(num_points: int = 90, num_features: int = 60) -> tuple[np.ndarray, 
     return features_XF.astype(np.float32), label_X
 
 
-def test_clusters_stay_apart():
+@pytest.mark.parametrize("method", METHODS)
+def test_clusters_stay_apart(method):
     features_XF, label_X = clusters()
-    points_N2 = tsne(features_XF)
+    points_N2 = embed(features_XF, method)
     assert points_N2.shape == (90, 2)
     assert points_N2.dtype == np.float32
     distance_NN = np.linalg.norm(points_N2[:, None] - points_N2[None], axis=2)
@@ -28,9 +29,12 @@ def test_clusters_stay_apart():
     assert (label_X[distance_NN.argmin(axis=1)] == label_X).all()
 
 
-def test_same_seed_same_picture():
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_picture(method):
     features_XF, _ = clusters(60)
-    np.testing.assert_array_equal(tsne(features_XF, seed=3), tsne(features_XF, seed=3))
+    one, same, other = (embed(features_XF, method, seed=seed) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(one, same)
+    assert method == "tsne" or not np.array_equal(one, other)  # that begins without a draw
 
 
 def test_first_rows_are_taken():
@@ -38,13 +42,20 @@ def test_first_rows_are_taken():
     np.testing.assert_array_equal(tsne(features_XF, max_points=20), tsne(features_XF[:20]))
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("num_points", [4, 5, 10])
-def test_few_points(num_points):
-    assert np.isfinite(tsne(clusters(num_points)[0])).all()
+def test_few_points(method, num_points):
+    points_N2 = embed(clusters(num_points)[0], method)
+    assert points_N2.shape == (num_points, 2) and np.isfinite(points_N2).all()
 
 
-def test_collapsed_features():
-    assert np.isfinite(tsne(np.ones((12, 8), np.float32))).all()
+@pytest.mark.parametrize("method", METHODS)
+def test_collapsed_features(method):
+    assert np.isfinite(embed(np.ones((12, 8), np.float32), method)).all()
+    line_XF = np.arange(12.0)[:, None] * np.ones(8)  # one direction is left
+    assert np.isfinite(embed(line_XF, method)).all()
+    twins_XF = np.repeat(clusters(6)[0], 2, axis=0)
+    assert np.isfinite(embed(twins_XF, method)).all()
 
 
 def test_input_stays_as_it_is():
@@ -59,5 +70,7 @@ def test_bad_input_is_refused():
         tsne(np.zeros((3, 8)))
     with pytest.raises(ConfigError, match=r"shape \(8,\)"):
         tsne(np.zeros(8))
+    with pytest.raises(ConfigError, match="'pca' is unknown: choose from tsne, opentsne, umap"):
+        embed(clusters(12)[0], "pca")
     with pytest.raises(ConfigError, match="row 5"):
         tsne(np.where(np.arange(10)[:, None] == 5, np.nan, np.ones((10, 4))))

@@ -219,4 +219,4 @@ def test_ranks_share_the_work_and_all_get_the_bits_of_one(run_ranks):
         assert number.startswith("FloatingPointError")
         assert any(f"shard 0, key {k} at encoder.0 are not finite" in number for k in (0, 8))
     assert found[1]["failures"][0].startswith("OSError")  # the rank that met it
-    assert found[0]["failures"][0] == "RuntimeError: rank 1: cannot read image 9"
+    assert found[0]["failures"][0] == "OSError: rank 1: cannot read image 9"

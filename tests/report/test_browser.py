@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastclr.evaluation import picture_file
 from fastclr.report import write_report
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -123,6 +125,18 @@ def report(tmp_path_factory) -> Path:
     return write_report(run_dir, view_pairs=[tuple(images[:3])], thumbnails=images)
 
 
+@pytest.fixture(scope="module")
+def with_pictures(report, pictures, tmp_path_factory) -> Path:
+    """Return the page of the same run with pictures and scores of all protocols."""
+    run_dir = tmp_path_factory.mktemp("pictured") / "run"
+    shutil.copytree(report.parent, run_dir)
+    picture_file.save(run_dir, pictures)
+    scores = json.loads((run_dir / "scores.json").read_text())
+    entry = {"scores": {"top1": 0.5}, "minutes": 1.5}
+    write(run_dir / "scores.json", **scores, protocols={"ridge": entry, "knn": entry})
+    return write_report(run_dir)
+
+
 def write(path: Path, **document: object) -> None:
     """Write a JSON file."""
     path.write_text(json.dumps(document))
@@ -170,3 +184,111 @@ def test_copy_button_answers(browser, report):
     wait = "return new Promise(done => setTimeout(done, 300)).then(() =>"
     label = browser.run(wait + " document.querySelector('.command button').textContent)")
     assert label in ("Copied", "Press Ctrl+C")
+
+
+def test_page_of_the_benchmarks(browser, tmp_path):
+    """Of the rows that are checked in: no error, charts visible, no sideways scrolling."""
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    for rows in (benchmarks / "results").glob("*.jsonl"):
+        shutil.copy(rows, tmp_path)
+    command = [sys.executable, benchmarks / "report.py", "--results", tmp_path]
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    for width in (1200, 380):
+        browser.resize(width)
+        assert browser.console_errors(tmp_path / "REPORT.html") == []
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+    sizes = browser.run(
+        "return Array.from(document.querySelectorAll('svg.chart'), element => {"
+        "  const box = element.getBoundingClientRect(); return [box.width, box.height]; })"
+    )
+    assert len(sizes) >= 4
+    assert all(width > 200 and height > 60 for width, height in sizes)
+
+
+@pytest.fixture
+def wide(browser) -> Iterator[None]:
+    """Give pages a viewport of a desk's width, and the other tests theirs back."""
+    browser.resize(1200)
+    yield
+    browser.post("/goog/cdp/execute", {"cmd": "Emulation.clearDeviceMetricsOverride", "params": {}})
+
+
+@pytest.mark.usefixtures("wide")
+def test_pictures_are_visible(browser, with_pictures):
+    assert browser.console_errors(with_pictures) == []
+    sizes = browser.run(
+        "return Array.from(document.querySelectorAll('svg, img:not(.atlas)'), element => {"
+        "  const box = element.getBoundingClientRect();"
+        "  return [element.id || element.className, box.width, box.height]; })"
+    )
+    names = [name if isinstance(name, str) else "" for name, *_ in sizes]
+    maps = [f"map-{k}-{method}" for k in (0, 1) for method in ("opentsne", "umap")]
+    assert {*maps, "confusion", "spectra", "weights", "mosaic"} <= set(names)
+    assert all(width > 25 and height > 25 for _, width, height in sizes)
+    assert browser.run("return Array.from(document.images).every(i => i.naturalWidth > 0)")
+
+
+POINT = """
+const map = document.getElementById(arguments_id), box = map.getBoundingClientRect();
+const dot = map.querySelector(`[data-i="${number}"]`).getBoundingClientRect();
+const at = {clientX: dot.left + dot.width / 2, clientY: dot.top + dot.height / 2, bubbles: true};
+map.dispatchEvent(new PointerEvent("pointermove", at));
+"""
+
+
+def pointed(browser, chart: str, number: int, script: str):
+    """Point at an image's dot and run the body of a function."""
+    before = f'const arguments_id = "{chart}", number = {number};'
+    return browser.run(before + POINT + script)
+
+
+@pytest.mark.usefixtures("wide")
+def test_pointing_at_a_dot_shows_its_image_in_all_maps(browser, with_pictures, pictures):
+    browser.console_errors(with_pictures)
+    shown = """
+    const peek = document.querySelector(".peek"), canvas = peek.querySelector("canvas");
+    const data = canvas.getContext("2d").getImageData(0, 0, 96, 96).data;
+    return [peek.hidden, peek.querySelector("span").textContent, Array.from(data),
+      Array.from(document.querySelectorAll(".dots .lit"), dot => dot.dataset.i),
+      peek.getBoundingClientRect().width];
+    """
+    at_N2 = pictures.layers["h"].points["umap"]
+    gap_NN = np.linalg.norm(at_N2[:, None] - at_N2[None], axis=2) + 99 * np.eye(len(at_N2))
+    for number in np.argsort(-gap_NN.min(1))[:3].tolist():  # dots that no other one covers
+        hidden, text, data, lit, width = pointed(browser, "map-0-umap", number, shown)
+        assert not hidden and width > 96 and lit == 4 * [str(number)]
+        assert text == pictures.facts["class_names"][pictures.label_N[number]]
+        drawn = np.array(data).reshape(16, 6, 16, 6, 4)[..., :3].mean((1, 3))
+        found = [
+            np.abs(drawn.mean((0, 1)) - image.mean((0, 1))).max() for image in pictures.image_NHWC
+        ]
+        assert found[number] < 4  # a JPEG
+        whole = [np.abs(drawn - image).mean() for image in pictures.image_NHWC]
+        assert int(np.argmin(whole)) == number
+    left = "document.getElementById('map-0-umap').dispatchEvent(new PointerEvent('pointerleave'));"
+    after = (
+        "const lit = document.querySelectorAll('.lit').length;"
+        "return [document.querySelector('.peek').hidden, lit]"
+    )
+    assert browser.run(left + after) == [True, 0]
+
+
+@pytest.mark.usefixtures("wide")
+def test_pointing_at_a_class_shows_it_alone(browser, with_pictures):
+    browser.console_errors(with_pictures)
+    script = """
+    const item = document.querySelector(`.legend li[data-class="2"]`);
+    item.dispatchEvent(new PointerEvent("pointerenter"));
+    const groups = () => Array.from(document.querySelectorAll(".dots g:not(.dim)"));
+    const bright = () => groups().map(group => group.dataset.class);
+    const during = bright();
+    item.dispatchEvent(new PointerEvent("pointerleave"));
+    return [during, bright().length];
+    """
+    assert browser.run(script) == [4 * ["2"], 16]
+
+
+def test_pictures_fit_a_phone(browser, with_pictures):
+    browser.resize(380)
+    browser.console_errors(with_pictures)
+    assert browser.run("return document.documentElement.scrollWidth") <= 380

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fastclr.config import ConfigError
+from fastclr.evaluation import picture_file
 from fastclr.report import write_report
 
 METRICS = "step loss contrastive_accuracy images_per_second data_wait_fraction training_seconds"
@@ -214,11 +215,34 @@ def test_missing_scores_say_how_to_make_them(tmp_path):
     assert json.loads((run_dir / "report.json").read_text())["scores"] is None
 
 
-def test_scores_of_other_protocols_alone_are_none_of_the_pages(tmp_path):
+def test_scores_of_other_protocols_alone(tmp_path):
     run_dir = make_run(tmp_path / "run", evaluated=False)
-    without = write_report(run_dir).read_text()
-    write_json(run_dir / "scores.json", {"protocols": {"ridge": {"scores": {"top1": 0.5}}}})
-    assert write_report(run_dir).read_text() == without
+    entry = {"scores": {"top1": 0.5}, "minutes": 0.25, "settings": {}}
+    write_json(run_dir / "scores.json", {"protocols": {"ridge": entry}})
+    html = write_report(run_dir).read_text()
+    assert "All protocols" in html and "<td>50.00</td>" in html and "tools/evaluate.py" in html
+    report = json.loads((run_dir / "report.json").read_text())
+    assert report["protocols"] == {"ridge": {"scores": {"top1": 0.5}, "minutes": 0.25}}
+    assert report["scores"] is None
+    for damaged in ({"ridge": {"scores": 3}}, [1]):
+        write_json(run_dir / "scores.json", {"protocols": damaged})
+        with pytest.raises(ConfigError, match=r"scores\.json"):
+            write_report(run_dir)
+
+
+def test_pictures_take_the_place_of_the_quick_map(tmp_path, pictures):
+    run_dir = make_run(tmp_path / "run")
+    assert 'id="tsne"' in write_report(run_dir).read_text()
+    picture_file.save(run_dir, pictures)
+    html = write_report(run_dir).read_text()
+    assert 'id="tsne"' not in html and 'id="map-1-umap"' in html
+    assert html.count("<script") == html.count("</script>") == 1
+    assert not re.search(r"https?://|@import", html)
+    ids = re.findall(r'\sid="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+    (run_dir / picture_file.FILE).write_bytes(b"no")
+    with pytest.raises(ConfigError, match=r"pictures\.npz cannot be drawn"):
+        write_report(run_dir)
 
 
 def write_online(folder: Path, num_rows: int, monitored: bool = True) -> list[dict]:
@@ -259,6 +283,18 @@ def test_online_evaluation_has_a_chart_of_scores_and_one_of_the_rank(tmp_path):
     assert "var(--second)" in online
     ids = re.findall(r'\sid="([^"]*)"', html)
     assert len(ids) == len(set(ids))
+
+
+def test_a_joint_probe_has_a_curve_too(tmp_path):
+    run_dir = make_run(tmp_path / "run", evaluated=False)
+    rows = write_online(run_dir, 5)
+    assert "joint top-1" not in write_report(run_dir).read_text()
+    rows = [{**row, "joint_top1": 0.15 + k / 30} for k, row in enumerate(rows)]
+    (run_dir / "evaluations.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    html = write_report(run_dir).read_text()
+    online = html.split('id="online"')[1].split("</svg>")[0]
+    assert "joint top-1<" in online and "var(--third)" in online
+    assert "joint top-1 28.3%" in html and "gradient stopped before the encoder" in html
 
 
 def test_online_evaluation_without_monitors_has_no_rank(tmp_path):

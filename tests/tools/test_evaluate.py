@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,11 +19,18 @@ from safetensors.torch import load_file, save_file
 from fastclr import answers, protocols, runs
 from fastclr.cli import guard
 from fastclr.config import Config, ConfigError, EncoderConfig, HeadConfig, ViewsConfig
-from fastclr.evaluation import linear_sgd, semi_supervised, transfer
+from fastclr.evaluation import (
+    forgetting,
+    linear_sgd,
+    picture_file,
+    semi_supervised,
+    transfer,
+)
 from fastclr.files import sha256_of
 from fastclr.protocols import PROTOCOLS, Outcome, Protocol, score
 from fastclr.simclr import SimCLR
 from fastclr.subject import Options, Subject
+from pipelines.evaluation_views import evaluation_rows
 from pipelines.photos import write_photo_tiles
 from pipelines.writer import write_shards
 
@@ -80,6 +88,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = linear_sgd.SGDSettings(epochs=3, batch_size=64)
     monkeypatch.setattr(linear_sgd, "SMALL_IMAGES", settings)
     monkeypatch.setattr(semi_supervised, "EPOCHS", {0.01: 2, 0.1: 1})
+    monkeypatch.setattr(forgetting, "EPOCHS", 1)
     monkeypatch.setattr(transfer, "TUNED_GRID", ((0.01, 0.0), (0.1, 0.0)))
     monkeypatch.setattr(transfer, "RANDOM_GRID", ((0.1, 1e-5),))
 
@@ -95,11 +104,20 @@ def entries(run: Path) -> dict:
 
 @pytest.mark.usefixtures("short")
 def test_all_of_them_once_and_only_once(run: Path, data: Path, capsys) -> None:
-    sets = (run, f"{data}/train", f"{data}/test", ("all",), (f"{data}:mean_per_class",), 4, 1, 2)
-    assert guard(lambda: TOOL.evaluate(*sets)) == 0
+    sets = (run, f"{data}/train", f"{data}/test", ("all",))
+    options = {
+        "transfer": (f"{data}:mean_per_class",),
+        "transfer_steps": 4,
+        "head_layers": 1,
+        "cached_views": 2,
+        "finetune_epochs": 1,
+        "maps": ("tsne",),
+    }
+    assert guard(lambda: TOOL.evaluate(*sets, **options)) == 0
     rows = [f"transfer/{data.name}/{row}" for row in transfer.ROWS]
     kept = entries(run)
-    assert list(kept) == [*PROTOCOLS, *rows]
+    # No probe was trained beside this encoder.
+    assert list(kept) == [*(name for name in PROTOCOLS if name != "linear-joint"), *rows]
     shown = capsys.readouterr().out
     for name, entry in kept.items():
         assert all(0 <= value <= 1 for value in entry["scores"].values()) and entry["minutes"] > 0
@@ -107,6 +125,7 @@ def test_all_of_them_once_and_only_once(run: Path, data: Path, capsys) -> None:
         assert name[:12] in shown or name.startswith("transfer")
     assert kept["semi-1"]["settings"]["head_layers"] == 1
     assert kept["semi-1"]["settings"]["epochs"] == 2 and kept["semi-10"]["settings"]["epochs"] == 1
+    assert kept["finetune"]["settings"]["epochs"] == 1
     assert kept["linear-sgd"]["settings"]["cached_views"] == 2
     assert kept[rows[0]]["scores"].keys() == {"mean_per_class"}
     ids = json.loads(next((run / "subsets").glob("*-0.1-0.json")).read_text())["ids"]
@@ -117,8 +136,15 @@ def test_all_of_them_once_and_only_once(run: Path, data: Path, capsys) -> None:
     assert whole["scores"]["trained"]["knn_top1"] == kept["knn"]["scores"]["top1"]
 
     before = (run / "scores.json").read_bytes()
-    assert guard(lambda: TOOL.evaluate(*sets)) == 0
+    assert guard(lambda: TOOL.evaluate(*sets, **options)) == 0
     assert (run / "scores.json").read_bytes() == before, "done before"
+    sheet = (run / "scores.md").read_text().splitlines()
+    assert sheet[0] == "| protocol | score | % | minutes |"
+    for name, entry in kept.items():
+        metric, value = next(iter(entry["scores"].items()))
+        line = f"| {name} | {metric} | {100 * value:.2f} | {entry['minutes']:.1f} |"
+        assert line in sheet
+    assert "Every layer:" in sheet and "What can be told of an image:" in sheet
 
     other = make_run(run.parent / "other")
     shutil.copytree(run / "answers", other / "answers")
@@ -207,7 +233,9 @@ def with_weights(run: Path, change: Callable[[dict[str, torch.Tensor]], None]) -
     save(state, checkpoint)
 
 
-@pytest.mark.parametrize("protocol", ["quick", "knn", "linear-lbfgs", "semi-1"])
+@pytest.mark.parametrize(
+    "protocol", ["quick", "knn", "linear-lbfgs", "semi-1", "layers", "forgetting", "pictures"]
+)
 def test_weights_of_another_architecture(tmp_path: Path, data: Path, capsys, protocol) -> None:
     wide = replace(CONFIG, encoder=replace(CONFIG.encoder, width=0.5))
     run = make_run(tmp_path / "run", built=wide)
@@ -227,7 +255,7 @@ def test_a_tensor_more_or_less(run: Path, data: Path, capsys) -> None:
 
 def test_features_that_are_not_finite(run: Path, data: Path, capsys) -> None:
     with_weights(run, lambda state: state["encoder.network.conv1.weight"].fill_(float("nan")))
-    for name in ("quick", "ridge"):
+    for name in ("quick", "ridge", "linear-sgd", "layers", "forgetting", "pictures"):
         said = refused(capsys, run, f"{data}/train", f"{data}/test", (name,), code=70)
         assert "not finite" in said and "earlier checkpoint" in said
 
@@ -256,6 +284,66 @@ def test_what_is_asked_for_makes_no_sense(run: Path, data: Path, tmp_path: Path,
         score(opened(run, data), ["knm"])
     (run / "scores.json").write_text('{"protocols": 3}')
     assert "scores.json is damaged" in refused(capsys, *sets, ("knn",))
+
+
+def test_what_is_not_there_is_asked_for(run: Path, data: Path, capsys, monkeypatch) -> None:
+    sets = (run, f"{data}/train", f"{data}/test")
+    said = refused(capsys, *sets, ("linear-joint",))
+    assert "step-0000001 has no probe: only a run with --evaluation.joint-probe" in said
+
+    def tried(**options) -> str:
+        command = guard(lambda: TOOL.evaluate(*sets, **options))
+        assert command == 78
+        lines = capsys.readouterr().err.splitlines()
+        return next(line for line in lines if line.startswith("error: "))
+
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    said = tried(protocol=("knn",), neighbours_by="faiss")
+    assert "faiss cannot be imported" in said and "install faiss-cpu" in said
+    for module, package, name in (
+        ("openTSNE", "openTSNE", "opentsne"),
+        ("umap", "umap-learn", "umap"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        said = tried(protocol=("pictures",), maps=(name,))
+        assert f"needs {package}, which cannot be imported" in said and "pip install" in said
+    said = tried(protocol=("pictures",), layers=("h", "encoder.layer9"))
+    assert "no layer 'encoder.layer9': choose from encoder." in said
+    assert not (run / "pictures.npz").exists()
+
+
+def test_pictures_are_of_this_run_s_images(run: Path, data: Path) -> None:
+    subject = opened(run, data, maps=("tsne",), map_points=24, layers=("h", "encoder.layer1"))
+    entry = score(subject, ["pictures"])["pictures"]
+    made = picture_file.load(run)
+    assert entry["settings"]["num_points"] == 24 and list(made.layers) == ["encoder.layer1", "h"]
+    row_N = np.linspace(0, 31, 24).round().astype(int)
+    np.testing.assert_array_equal(made.label_N, subject.test.label_N[row_N])
+    wanted, _ = evaluation_rows(subject.test, 16, row_N)
+    np.testing.assert_array_equal(made.image_NHWC, wanted.permute(0, 2, 3, 1).numpy())
+    assert len(set(made.label_N[made.query_Q])) == len(made.query_Q) == 10
+    assert made.confusion_CC.sum() == 32
+    right = np.trace(made.confusion_CC) / 32
+    quick = score(subject, ["quick"])["quick"]["scores"]["linear_top1"]
+    assert right == entry["scores"]["linear_top1"] == quick
+    for name, layer in made.layers.items():
+        train, test = (part[name].h_XF for part in subject.layer_features(("h", "encoder.layer1")))
+        unit, keys = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (test[row_N], train))
+        similarity = unit[made.query_Q] @ keys.T
+        order = np.argsort(-similarity, axis=1, kind="stable")[:, :8]
+        np.testing.assert_allclose(
+            layer.similarity_QK, np.take_along_axis(similarity, order, 1), atol=1e-5
+        )
+        found, _ = evaluation_rows(subject.train, 16, order[0])
+        shown = made.found_MHWC[layer.near_QK[0]]
+        np.testing.assert_array_equal(shown, found.permute(0, 2, 3, 1).numpy())
+        values = np.linalg.eigvalsh(np.cov(test.T, bias=True))[::-1]
+        np.testing.assert_allclose(layer.spectrum_F, values, atol=1e-6 * values[0])
+        assert all(np.isfinite(value) for value in layer.numbers.values())
+    assert score(opened(run, data), ["knn"])  # others do not touch them
+    (run / "pictures.npz").unlink()
+    score(subject, ["pictures"])
+    assert (run / "pictures.npz").exists(), "made again where the file is gone"
 
 
 def test_runs_that_cannot_be_compared(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What scaling.py is made of: the model, the ranks, what they tell each other, the page."""

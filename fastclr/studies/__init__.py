@@ -1,0 +1,36 @@
+"""The experiments of the literature: ``python tools/study.py NAME``; one file a study."""
+
+from __future__ import annotations
+
+from fastclr.studies import (
+    alternating,
+    augmentations,
+    autoencoder_heads,
+    batch_epochs,
+    color_histogram,
+    color_strength,
+    encoder_size,
+    forgetting,
+    heads,
+    layers,
+    losses,
+    optimizer,
+    temperature,
+)
+from fastclr.studies.study import Study
+
+STUDIES: dict[str, Study] = {
+    "heads": heads.STUDY,
+    "layers": layers.STUDY,
+    "forgetting": forgetting.STUDY,
+    "alternating": alternating.STUDY,
+    "autoencoder_heads": autoencoder_heads.STUDY,
+    "losses": losses.STUDY,
+    "temperature": temperature.STUDY,
+    "augmentations": augmentations.STUDY,
+    "color_strength": color_strength.STUDY,
+    "batch_epochs": batch_epochs.STUDY,
+    "optimizer": optimizer.STUDY,
+    "encoder_size": encoder_size.STUDY,
+    "color_histogram": color_histogram.STUDY,
+}

@@ -1,0 +1,52 @@
+"""The figure of a study, from what ``study.json`` says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastclr.report import charts
+from fastclr.report.template import Markup
+
+JSON = dict[str, Any]
+
+
+def _bars(study: JSON) -> Markup:
+    """Draw a group of bars for each arm: means and standard errors."""
+    arms = [arm for arm in study["arms"] if any(cell[2] for cell in arm["values"].values())]
+    series = {}
+    for heading in study["drawn"]:
+        cells = [arm["values"][heading] for arm in arms]
+        series[heading] = tuple(
+            [math.nan if cell[k] is None else cell[k] for cell in cells] for k in (0, 1)
+        )
+    labels = [arm["name"] for arm in arms]
+    return charts.bars_chart(_id(study), labels, series, x_label="accuracy on the test images")
+
+
+def _grid(study: JSON) -> Markup:
+    """Draw arms called ``ROW + COLUMN`` as a square; an arm without a plus is on the diagonal."""
+    heading = study["drawn"][0]
+    cells = {arm["name"]: arm["values"][heading][0] for arm in study["arms"]}
+    parts = {name: name.split(" + ") for name in cells if cells[name] is not None}
+    labels = list(dict.fromkeys(part for name in parts for part in parts[name]))
+    value_GG = np.full((len(labels), len(labels)), np.nan)
+    for name, of in parts.items():
+        row, column = labels.index(of[0]), labels.index(of[-1])
+        value_GG[row, column] = value_GG[column, row] = cells[name]
+    return charts.grid_chart(_id(study), labels, value_GG, title=f"{heading}, per cent")
+
+
+def _id(study: JSON) -> str:
+    return f"{study['name']}-{study['scale']}".replace("_", "-")
+
+
+FIGURES: dict[str, Callable[[JSON], Markup]] = {"bars": _bars, "grid": _grid}
+
+
+def figure(study: JSON) -> Markup:
+    """Draw a study's figure; nothing where no run is done."""
+    return FIGURES[study["figure"]](study) if study["done"] else Markup()

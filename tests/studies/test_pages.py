@@ -1,0 +1,149 @@
+"""Pages of studies: complete, escaped, with figures, without an error in a browser."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fastclr.config import ConfigError
+from fastclr.report import charts
+from fastclr.studies import STUDIES, pages
+from fastclr.studies.figures import FIGURES, figure
+from fastclr.studies.pages import html, markdown, read_studies, write_pages, write_study
+from fastclr.studies.scales import TOY
+from fastclr.studies.study import Arm, Claim
+from fastclr.studies.summaries import summary
+from tests.report.test_browser import BROWSER, DRIVER, browser  # noqa: F401
+from tests.studies.conftest import plain_study
+
+HOSTILE = "<script>undefined_name()</script> | & $x$"
+FACTS = {"name": "tiles", "num_train": 96, "num_test": 64}
+
+
+def made(num_seeds=3, name="heads", figure="bars", **arms):
+    """Return the summary of a study with given h by arm; z is a tenth less."""
+    arms = arms or {"a": 0.5, HOSTILE: 0.4}
+    study = plain_study(
+        {arm: Arm(TOY.base) for arm in arms},
+        [Claim(f"{HOSTILE} is worse", (next(iter(arms)),), (list(arms)[-1],))],
+        published={HOSTILE: "63.9"},
+        figure=figure,
+    )
+    rows = [
+        {
+            "arm": arm, "seed": seed, "seconds": 36.0, "measured": "2026-01-01T00:00:00",
+            "threads": 1, "hardware": {"device": "cpu", "processor": "Example CPU"},
+            "scores": {"h": {"linear": h + seed / 100}, "z": {"linear": h - 0.1}},
+        }
+        for arm, h in arms.items()
+        for seed in range(num_seeds)
+    ]  # fmt: skip
+    return summary(name, replace(study, title=f"Title {name}"), "toy", TOY, FACTS, rows, num_seeds)
+
+
+def test_a_summary_has_means_errors_and_verdicts():
+    found = made()
+    assert found["arms"][0]["values"]["h, linear"] == [
+        pytest.approx(0.51), pytest.approx(0.01 / 3**0.5), 3,
+    ]  # fmt: skip
+    assert found["verdicts"][0]["verdict"] == "holds"
+    assert found["verdicts"][0]["difference"] == pytest.approx(0.1)
+    assert found["hours"] == pytest.approx(0.06)
+    assert found["hardware"] == ["Example CPU, 1 thread"]
+    assert (found["done"], found["runs"]) == (6, 6)
+
+
+def test_markdown_shows_tables_published_numbers_and_verdicts():
+    text = markdown([made()])
+    assert "| a | 51.0 ± 0.6 | 40.0 ± 0.0 | 3 |  |" in text
+    assert "\\| & $x$ | 41.0 ± 0.6 | 30.0 ± 0.0 | 3 | 63.9 |" in text
+    assert "| +10.0 ± 0.0 | 3 | holds |" in text
+    assert "results/heads/toy/figure.svg" in text
+    assert "6 of 6 runs, 0.1 hours on Example CPU, 1 thread, 2026-01-01" in text
+
+
+def test_a_study_without_a_run_has_no_figure_and_no_number(tmp_path):
+    empty = made(0)
+    assert figure(empty) == ""
+    text = markdown([empty])
+    assert "figure.svg" not in text
+    assert "no verdict: 0 of 3 seeds" in text
+    write_study(tmp_path, empty)
+    assert not (tmp_path / "figure.svg").exists()
+    assert "Title heads" in html([empty])
+
+
+def test_pages_are_of_all_studies_in_their_order(tmp_path):
+    for name in ("temperature", "heads"):
+        folder = tmp_path / "results" / name / "toy"
+        folder.mkdir(parents=True)
+        write_study(folder, made(name=name))
+    other = tmp_path / "results" / "gone" / "toy"
+    other.mkdir(parents=True)
+    write_study(other, made(name="gone"))
+    write_pages(tmp_path)
+    assert [s["name"] for s in read_studies(tmp_path / "results")] == ["heads", "temperature"]
+    for page in ("RESULTS.md", "studies.html"):
+        text = (tmp_path / page).read_text()
+        assert text.index("Title heads") < text.index("Title temperature")
+        assert "gone" not in text
+
+
+def test_a_damaged_study_is_refused(tmp_path):
+    folder = tmp_path / "results" / "heads" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "study.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"is damaged.*makes it from the rows"):
+        read_studies(tmp_path / "results")
+
+
+def test_text_is_escaped():
+    page = html([made()])
+    assert "<script>undefined_name()" not in page
+    assert "&lt;script&gt;undefined_name()" in page
+
+
+def test_every_study_has_a_figure_that_exists():
+    assert {study.figure for study in STUDIES.values()} <= set(FIGURES)
+    for study in STUDIES.values():
+        assert set(study.drawn) <= set(study.columns)
+
+
+def test_a_grid_is_drawn_on_both_sides_of_its_diagonal():
+    drawn = made(3, "augmentations", "grid", **{"b": 0.2, "b + c": 0.3, "c": 0.4})
+    chart = figure(drawn)
+    assert [chart.count(f">{text}<") for text in ("21.0", "31.0", "41.0")] == [1, 2, 1]
+
+
+def test_charts_are_whole_svg_files():
+    chart = charts.bars_chart(
+        "bars", ["a", "<b>"], {"x": ([0.5, float("nan")], [0.1, float("nan")])}, x_label="x",
+        reference=0.1,
+    )  # fmt: skip
+    grid = charts.grid_chart("grid", ["a", "b"], np.array([[0.1, np.nan], [0.2, 0.3]]), title="t")
+    for svg in (chart, grid):
+        root = ET.fromstring(charts.standalone(svg))
+        assert root.tag.endswith("svg")
+        assert "var(--first)" in svg
+        assert "--first:" in charts.standalone(svg)
+    assert pages._table_markdown(["a"], [["b|c"]]).splitlines()[-1] == "| b\\|c |"
+
+
+@pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver on the PATH")
+def test_the_page_opens_without_an_error_and_shows_its_charts(browser, tmp_path):  # noqa: F811
+    grid = made(3, "augmentations", "grid", **{"b": 0.2, "b + c": 0.3, "c": 0.4})
+    page = tmp_path / "studies.html"
+    page.write_text(html([made(), grid, made(0, "losses")]))
+    assert browser.console_errors(page) == []
+    sizes = browser.run(
+        "return Array.from(document.querySelectorAll('svg.chart'), chart => "
+        "[chart.id, chart.getBoundingClientRect().width])"
+    )
+    assert [name for name, _ in sizes] == ["heads-toy", "augmentations-toy"]
+    assert all(width > 200 for _, width in sizes)
+    browser.resize(380)
+    browser.console_errors(page)
+    assert browser.run("return document.documentElement.scrollWidth") <= 380
