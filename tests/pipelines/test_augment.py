@@ -360,3 +360,18 @@ def test_views_below_20_pixels_have_no_blur(augment: Augment, picture: Picture) 
     params = replace(identity([(16, 16)]), blur_N=np.array([True]))
     view = augment([image], params, SimCLRPolicy(size=16), CPU)[0]
     assert np.array_equal(view.numpy(), image)
+
+
+def test_kornias_hue_turned_the_short_way(picture: Picture) -> None:
+    from kornia.enhance import adjust_hue
+
+    from pipelines.augment_kornia import _hue
+
+    x_NCHW = torch.from_numpy(np.stack([picture(20, 30, k) for k in range(12)])) / 255
+    x_NCHW = x_NCHW.permute(0, 3, 1, 2).contiguous()
+    x_NCHW[0], x_NCHW[1], x_NCHW[2] = 0, 1, x_NCHW[2, :1]
+    x_NCHW[3] = (x_NCHW[3] * 2).round() / 2  # edges between the sixths
+    turns_N = torch.linspace(-0.5, 0.5, 12)
+    expected = adjust_hue(x_NCHW, turns_N * 2 * torch.pi)
+    assert (_hue(x_NCHW, turns_N) - expected).abs().max() < 3e-6
+    assert torch.equal(x_NCHW[1], torch.ones_like(x_NCHW[1])), "the input is kept"
