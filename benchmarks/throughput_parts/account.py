@@ -11,7 +11,10 @@ from throughput_parts import data_work, limits, observing
 from throughput_parts.marks import BETWEEN
 
 HAND_OUT = "hand out"
-DATA = (data_work.READ, data_work.DECODE, data_work.DECODE_AUGMENT, data_work.AUGMENT, HAND_OUT)
+DATA = (
+    data_work.READ, data_work.DECODE, data_work.READ_DECODE, data_work.DECODE_AUGMENT,
+    data_work.AUGMENT, HAND_OUT,
+)  # fmt: skip
 MODEL = (
     observing.INPUT, observing.ENCODER, observing.HEAD, observing.MODEL, observing.HEAD_BACK,
     observing.ENCODER_BACK, observing.MODEL_BACK,

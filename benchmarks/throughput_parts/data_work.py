@@ -20,6 +20,7 @@ from pipelines.loader import Loader
 from pipelines.memory import InMemory
 
 READ, DECODE, AUGMENT = "read", "decode", "augment"
+READ_DECODE = "read and decode"  # of small PNGs, which are both in one call
 DECODE_AUGMENT = "decode and augment"  # of a back-end that is given encoded images
 MOST_BYTES = 2**28  # kept in memory for a stage alone
 
@@ -71,14 +72,17 @@ class _Timed:
 def watched(loader: Loader, work: Work) -> Iterator[None]:
     """Count the work of a loader's threads in here."""
     backend, read, decode_ = loader._backend, shards.ShardSet._read, shards.decode
+    small = shards.ShardSet.images
     stage = DECODE_AUGMENT if backend.takes_bytes else AUGMENT
     loader._backend = _Timed(backend, work.timed(stage, backend))
     shards.ShardSet._read = work.timed(READ, read)
     shards.decode = work.timed(DECODE, decode_)
+    shards.ShardSet.images = work.timed(READ_DECODE, small)
     try:
         yield
     finally:
         loader._backend, shards.ShardSet._read, shards.decode = backend, read, decode_
+        shards.ShardSet.images = small
 
 
 def alone(loader: Loader, seconds: float) -> dict[str, float]:
@@ -93,9 +97,13 @@ def alone(loader: Loader, seconds: float) -> dict[str, float]:
     chunks = [ids[k : k + loader.chunk] for k in range(0, len(ids), loader.chunk)]
     takes_bytes = loader._backend.takes_bytes
     found = {}
-    if not isinstance(images, InMemory):
+    encoded = {} if isinstance(images, InMemory) else {i: images.read(i) for i in ids}
+    if encoded and not takes_bytes and _are_small(images, ids):
+        found[READ_DECODE] = _rate(
+            loader, chunks, lambda c: images.images(np.array(c, np.int64)), seconds
+        )
+    elif encoded:
         found[READ] = _rate(loader, chunks, lambda c: [images.read(i) for i in c], seconds)
-        encoded = {i: images.read(i) for i in ids}
         if not takes_bytes:
             found[DECODE] = _rate(
                 loader, chunks, lambda c: [decode(encoded[i]) for i in c], seconds
@@ -109,6 +117,12 @@ def alone(loader: Loader, seconds: float) -> dict[str, float]:
     stage = DECODE_AUGMENT if takes_bytes else AUGMENT
     found[stage] = _rate(loader, chunks, augment, seconds)
     return found
+
+
+def _are_small(images: Any, ids: Sequence[int]) -> bool:
+    """Whether most samples are small PNGs, which the loader reads and decodes at once."""
+    found = images.images(np.array(ids, np.int64))
+    return 2 * sum(image is not None for image in found) > len(found)
 
 
 def _some_ids(loader: Loader) -> list[int]:
