@@ -9,7 +9,7 @@ DS_CONFIG := fastclr/recipes/fp32_clipped.json
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo cifar10 test verify drills check format clean
+.PHONY: demo cifar10 studies throughput test verify drills bench-check check format clean
 .DELETE_ON_ERROR:
 
 demo: data/demo/train/manifest.json data/demo/test/manifest.json
@@ -23,6 +23,15 @@ cifar10: data/cifar10/train/manifest.json data/cifar10/test/manifest.json
 		--minutes $(MINUTES) --data.train data/cifar10/train --run-dir runs/cifar10 $(FLAGS)
 	python tools/evaluate.py --run runs/cifar10 --train data/cifar10/train --test data/cifar10/test
 	python tools/report.py --run runs/cifar10
+
+studies: data/cifar10/train/manifest.json data/cifar10/test/manifest.json
+	python tools/study.py all --data data/cifar10/train data/cifar10/test $(FLAGS)
+
+throughput: .venv/.installed
+	python benchmarks/throughput.py $(FLAGS)
+
+bench-check: .venv/.installed
+	python benchmarks/check.py $(FLAGS)
 
 test: .venv/.installed
 	python -m pytest $(FLAGS)
@@ -56,7 +65,7 @@ format: .venv/.installed
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv || ($(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv .venv)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar on -e ".[dev,peers]"
+	$(BIN)/python -m pip install --progress-bar on -e ".[dev,bench]"
 	touch $@
 
 data/photos: | .venv/.installed

@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # The environment that runs this test is installed already: make is told so.
 MAKE = "make -o .venv/.installed"
+STUDY = "python tools/study.py heads --data data/cifar10/train data/cifar10/test"
 SHORTENED = {
     "make demo": f"{MAKE} demo FLAGS='--epochs 4'",
     "make test": f"{MAKE} test FLAGS='-q {ROOT}/tests/test_world.py'",
@@ -35,6 +36,14 @@ SHORTENED = {
     "--out plane.md",
     "python benchmarks/kernels_aot.py": "python benchmarks/kernels_aot.py --match 'D=16$' --chips "
     "80 --out aot.md",
+    "python benchmarks/throughput.py": "python benchmarks/throughput.py --synthetic --recipe demo "
+    "--budget-minutes 1 --out throughput --page throughput.md",
+    "python benchmarks/scaling.py": "python benchmarks/scaling.py --ranks 2 --images 8 --steps 2 "
+    "--warm-up 1 --rounds 1 --no-stages --out scaling.md",
+    "python benchmarks/curves.py": "python benchmarks/curves.py --only step --batches 16 32 "
+    "--chunk 16 --step-rounds 1 --out curves.md",
+    STUDY: "python tools/study.py heads --scale toy --seeds 1 --data data/demo/train "
+    "data/demo/test --out study --work study/work",
     "python benchmarks/peers.py": "python benchmarks/peers.py --sides 32 --parts loss optimizer "
     "--only lightly --calls 2 --out results/peers.jsonl",
     "python benchmarks/report.py": "python benchmarks/report.py --results results",
