@@ -17,6 +17,7 @@ from throughput_parts.session import Results, Session
 
 HEADING = "## Measured\n"  # what stands below is replaced
 ACCOUNTED, GAIN = 0.95, 1.2  # asked for
+UNREST = 1.25  # of the base between its measurements: beyond it something else was running
 SAVE_EVERY = 1000  # steps, where neither the recipe nor an epoch of real data says how many
 
 
@@ -188,7 +189,7 @@ def _tuning_lines(session: Session, results: Results) -> list[str]:
     if found.left_out:
         names = "; ".join(settings.describe(s, session.base) for s in found.left_out)
         lines += [f"Left out, for want of time: {names}.", ""]
-    lines += _outcome_lines(session, results, found)
+    lines += [*_outcome_lines(session, results, found), *_unrest_lines(results)]
     if results.command:
         lines += ["", "```bash", results.command, "```"]
     return lines
@@ -231,6 +232,19 @@ def _outcome_lines(session: Session, results: Results, found: Found) -> list[str
         *(["", f"Short of it because: {_why_short(results)}"] if ratio < GAIN else []),
         "",
         *(f"- {note}" for note in notes),
+    ]
+
+
+def _unrest_lines(results: Results) -> list[str]:
+    """Warn where the base itself was now fast, now slow."""
+    least, most = min(results.base_speeds), max(results.base_speeds)
+    if most <= UNREST * least:
+        return []
+    return [
+        "",
+        f"**Do not trust this**: the base alone went from {least:,.0f} to {most:,.0f} images/s "
+        "between its measurements, so something else was using the machine. Fewer threads look "
+        "better than they are then. Measure again when it is quiet.",
     ]
 
 

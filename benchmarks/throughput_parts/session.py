@@ -65,6 +65,16 @@ class Results:
         """Their median."""
         return median(self.ratios) if self.pairs else None
 
+    @property
+    def base_speeds(self) -> list[float]:
+        """Images a second of the base, each time that it was measured."""
+        speeds = [self.account.images_per_second]
+        if self.found and self.found.trials:
+            base = self.found.base
+            outcomes = [t.outcome for t in self.found.trials if t.setting == base]
+            speeds += [o.images_per_second for o in outcomes if not o.problem]
+        return speeds + [before.images_per_second for before, _ in self.pairs or ()]
+
 
 class Session:
     """Measures one recipe on one machine.

@@ -410,6 +410,20 @@ def test_a_session_ends_in_time_and_leaves_its_files(
     assert all(job.config.checkpoint_every == 10**9 for job in made_up.jobs)
 
 
+def test_a_machine_that_was_not_quiet_is_said(part: Import) -> None:
+    search, page = part("search"), part("page")
+    account = part("account").account_of(measured())  # 711 images a second
+    found = search.Found("base", "best", [])
+    results = part("session").Results(account, found)
+    for speed, is_quiet in ((600.0, True), (500.0, False), (900.0, False)):
+        pair = (search.Outcome(speed, (0.1,)), search.Outcome(2 * speed, (0.1,)))
+        results.pairs = [pair]
+        assert bool(page._unrest_lines(results)) != is_quiet
+    results.pairs = None
+    found.trials = [search.Trial("base", 1, search.Outcome(100.0, (0.1,)), 1.0)]
+    assert "from 100 to 711 images/s" in page._unrest_lines(results)[1]
+
+
 @pytest.mark.slow
 def test_processes_account_for_a_real_run_and_survive_what_fails(
     part: Import, tmp_path: Path
