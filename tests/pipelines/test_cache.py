@@ -178,7 +178,7 @@ def test_a_killed_downloader_leaves_nothing_that_looks_whole(server, tmp_path):
     waiting.start()
     time.sleep(0.1)
     assert len(server.hits("/s0.tar")) == 1  # it waits for the one that downloads
-    for process in processes:
+    for process in reversed(processes):  # the first one's death lets the thread go on
         process.send_signal(signal.SIGKILL)
         process.communicate()
     waiting.join(8)
