@@ -50,9 +50,9 @@ def audit(run_dir: Path, train: str = "", num_views: int = 8) -> list[Row]:
     others = sum(start.data != data_set.digest for start, _ in past)
     rows = [compared("ledger", f"starts on other data, of {len(past)}", others, 0)]
     if not others:
-        ids, missing, note = _steps(past, _last_saved(run_dir))
-        what = f"steps to {max(ids, default=0)}, that a rank has not or has twice"
-        rows.append(compared("ledger", what, missing, 0, note))
+        ids, last, wrong = _steps(past, _last_saved(run_dir))
+        what = f"ranks that lack one of the steps to {last}, or have it twice"
+        rows.append(compared("ledger", what, len(wrong), 0, "; ".join(wrong[:3])))
         rows.extend(_images(past, ids, data_set))
         rows.append(_views(past, set(ids), config, data_set, num_views))
     return rows
@@ -64,10 +64,11 @@ def _last_saved(run_dir: Path) -> int:
     return int(checkpointing.read_facts(found[-1])["step"]) if found else 0
 
 
-def _steps(past: Past, saved: int) -> tuple[dict[int, Ids], int, str]:
-    """Return the ids of each whole step over all ranks, how many steps lack something, which."""
+def _steps(past: Past, saved: int) -> tuple[dict[int, Ids], int, list[str]]:
+    """Return the ids of each whole step over all ranks, the last step, and where one is missing."""
     ids: dict[int, Ids] = {}
     wrong: list[str] = []
+    stop = 0
     for number, (start, ranks) in enumerate(past):
         is_last = number == len(past) - 1
         written = [[entry.step for entry in own] for own in ranks]
@@ -80,10 +81,11 @@ def _steps(past: Past, saved: int) -> tuple[dict[int, Ids], int, str]:
             lacking = sorted(set(expected) ^ set(kept)) or (kept != expected and kept[:1])
             if lacking:
                 wrong.append(f"start {number}, rank {rank}, step {lacking[0]}")
-        for entries in zip(*ranks, strict=False):
-            if entries[0].step <= stop and len({entry.step for entry in entries}) == 1:
-                ids[entries[0].step] = np.concatenate([entry.id_B for entry in entries])
-    return ids, len(wrong), "; ".join(wrong[:3])
+        by_step = [{entry.step: entry.id_B for entry in own} for own in ranks]
+        for step in by_step[0]:
+            if step <= stop and all(step in own for own in by_step):
+                ids[step] = np.concatenate([own[step] for own in by_step])
+    return ids, stop, wrong
 
 
 def _images(past: Past, ids: dict[int, Ids], data_set: DataSet) -> Iterator[Row]:

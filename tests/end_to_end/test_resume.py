@@ -86,9 +86,9 @@ def _account(commands, run_dir, ranks):
     views = {**fields[1], "views": fields[2]["views"]}
     ids = {**fields[1], "ids": fields[2]["ids"]}
     for wrong, failing in (
-        (json.dumps(views) + "\n", {"batches of 100, whose views"}),
+        (json.dumps(views) + "\n", {"batches of "}),
         (json.dumps(ids) + "\n", {"images of 20 steps", "images twice", "images never"}),
-        ("", {"steps to 20"}),
+        ("", {"ranks that lack one of the steps to 20"}),
     ):
         file.write_text("".join([lines[0], wrong, *lines[2:]]))
         found = {row.what for row in audit(run_dir, num_views=100) if row.status == "FAIL"}
