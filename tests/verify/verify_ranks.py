@@ -150,8 +150,8 @@ def momenta_times(factor) -> Iterator[None]:
     """Go on from a checkpoint with other momenta of LARS."""
     original = checkpointing.load
 
-    def load(engine, checkpoint, lars=None):
-        facts = original(engine, checkpoint, lars)
+    def load(engine, checkpoint, lars=None, probe=None):
+        facts = original(engine, checkpoint, lars, probe)
         for state in lars.state.values():
             state["momentum_buffer"].mul_(factor)
         return facts
