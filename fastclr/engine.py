@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -100,18 +102,11 @@ def start(
     ds.setdefault("zero_force_ds_cpu_optimizer", False)  # offload for LARS too
     ds.setdefault("steps_per_print", 10**9)
     ds.setdefault("gradient_clipping", 0.0)  # since 0.19 DeepSpeed clips at norm 1 unless told
-    _init_distributed(world, device, timedelta(seconds=timeout_seconds))
-    if world.num_ranks > 1 and has_batch_norm(model):
-        model = _share_batch_norm(model, device, world, global_batch_norm)
-    decay = ds.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
-    groups: Any = None if optimizer else parameter_groups(model, decay)
-    engine: Any  # DeepSpeed's types deny what its engines have
-    try:
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, model_parameters=groups, config=ds
-        )
-    except (AssertionError, ValueError, DeepSpeedConfigError) as error:
-        raise ConfigError(f"DeepSpeed {deepspeed.__version__} refuses its JSON: {error}") from error
+    with _launcher_variables(world):
+        _init_distributed(world, device, timedelta(seconds=timeout_seconds))
+        if world.num_ranks > 1 and has_batch_norm(model):
+            model = _share_batch_norm(model, device, world, global_batch_norm)
+        engine = _initialize(model, optimizer, ds)
     if isinstance(optimizer, LARS):
         optimizer.attach(engine)
     if engine.optimizer is engine.basic_optimizer:
@@ -122,6 +117,19 @@ def start(
         engine.enable_backward_allreduce = world.num_ranks > 1
     for group in engine.optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
+    return engine
+
+
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer | None, ds: JSON) -> Any:
+    """Return DeepSpeed's engine, whose types deny what it has."""
+    decay = ds.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
+    groups: Any = None if optimizer else parameter_groups(model, decay)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, model_parameters=groups, config=ds
+        )
+    except (AssertionError, ValueError, DeepSpeedConfigError) as error:
+        raise ConfigError(f"DeepSpeed {deepspeed.__version__} refuses its JSON: {error}") from error
     return engine
 
 
@@ -147,17 +155,28 @@ def _init_distributed(world: World, device: torch.device, timeout: timedelta) ->
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "MASTER_ADDR" not in os.environ:  # no launcher: DeepSpeed still asks for its variables
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(_free_port()),
-            RANK=str(world.rank),
-            LOCAL_RANK=str(world.local_rank),
-            WORLD_SIZE=str(world.num_ranks),
-        )
     if not torch.distributed.is_initialized():
         init_process_group(backend, timeout)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+@contextmanager
+def _launcher_variables(world: World) -> Iterator[None]:
+    """Set what DeepSpeed asks a launcher for where there is none; no child process inherits it."""
+    given = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "RANK": str(world.rank),
+        "LOCAL_RANK": str(world.local_rank),
+        "WORLD_SIZE": str(world.num_ranks),
+    }
+    missing = [] if "MASTER_ADDR" in os.environ else [k for k in given if k not in os.environ]
+    os.environ.update((name, given[name]) for name in missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
 
 
 def _free_port() -> int:

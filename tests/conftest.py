@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,17 @@ import pytest
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parents[1]
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_no_group() -> Iterator[None]:
+    """End the process group that training in this process made: the next module wants its own."""
+    before = {name: os.environ.get(name) for name in LAUNCHER}
+    yield
+    if "deepspeed" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        sys.modules["deepspeed"].comm.destroy_process_group()  # torch's and DeepSpeed's own
+    assert {name: os.environ.get(name) for name in LAUNCHER} == before
 
 
 @pytest.fixture(scope="session")
