@@ -1,22 +1,16 @@
-"""What the benchmarks share: interleaved timing, facts of the machine, rows of JSON."""
+"""What the benchmarks share: interleaved timing, and rows of JSON with facts of the machine."""
 
 from __future__ import annotations
 
-import json
-import shlex
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 
-from fastclr.facts import hardware, now, versions
+from fastclr.measurements import facts, measurement, write_rows
+
+__all__ = ["facts", "interleaved", "measurement", "medians", "write_rows"]
 
 
 def interleaved(
@@ -47,80 +41,6 @@ def interleaved(
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     """Return the median of each series of :func:`interleaved`."""
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def facts() -> dict[str, Any]:
-    """Return when, on what and with which software a measurement was made."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        "measured": now(),
-        "hardware": hardware(device),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-
-
-def measurement(
-    name: str,
-    variant: str,
-    seconds: Sequence[float],
-    *,
-    sizes: Mapping[str, int | float | str],
-    dtype: str = "float32",
-    warm_ups: int = 0,
-    images: int | None = None,
-    peak_bytes: int | None = None,
-) -> dict[str, Any]:
-    """Return one measurement as a row: what was timed, how long it took, on what.
-
-    Args:
-        name: What was timed: "stage", "step", "weak scaling", ...
-        variant: Which of its kinds: a stage's name, a peer's, a back-end's.
-        seconds: Of each repeat.
-        sizes: What the time depends on: batch, image side, ranks, ...
-        dtype: Of the computation.
-        warm_ups: Repeats before, not measured.
-        images: Source images a repeat handled; gives images_per_second of the median.
-        peak_bytes: Most memory held at once.
-    """
-    p20, p50, p80 = np.percentile(seconds, (20, 50, 80)).tolist()
-    commit, dirty = _commit()
-    return {
-        "name": name,
-        "variant": variant,
-        "sizes": dict(sizes),
-        "dtype": dtype,
-        "p20_seconds": p20,
-        "p50_seconds": p50,
-        "p80_seconds": p80,
-        "repeats": len(seconds),
-        "warm_ups": warm_ups,
-        "images_per_second": images / p50 if images else None,
-        "peak_bytes": peak_bytes,
-        **facts(),
-        "driver": torch.version.cuda if torch.cuda.is_available() else None,
-        "commit": commit,
-        "dirty": dirty,
-        "command": shlex.join(["python", *sys.argv]),
-    }
-
-
-@lru_cache
-def _commit() -> tuple[str | None, bool | None]:
-    """Return the commit this is measured at and whether files differ; None outside a clone."""
-    git = ("git", "-C", str(Path(__file__).parent))
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True)
-        status = subprocess.run([*git, "status", "-s", "-uno"], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
-    return head.stdout.decode().strip(), bool(status.stdout.strip())
-
-
-def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines, replacing the file."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    Path(path).write_text(text, encoding="utf-8")
 
 
 def _synchronize() -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastclr import encoders as encoders
     from fastclr import heads as heads
     from fastclr.batch import Batch as Batch
+    from fastclr.commands.pretrain import pretrain as pretrain
     from fastclr.config import Config as Config
     from fastclr.config import ConfigError as ConfigError
     from fastclr.losses import MarginTriplet as MarginTriplet
@@ -46,6 +47,7 @@ _HOMES = {
     "margin_triplet": "fastclr.losses",
     "nt_logistic": "fastclr.losses",
     "nt_xent": "fastclr.losses",
+    "pretrain": "fastclr.commands.pretrain",
 }
 __all__ = list(_HOMES)
 

@@ -237,7 +237,7 @@ def _check_replay(config: Config, start: Start, world: World) -> None:
     if world.num_ranks != start.num_ranks:
         raise ConfigError(
             f"the step was taken by {start.num_ranks} ranks, this is {world.num_ranks}: start as "
-            f"many, e.g. deepspeed --num_accelerators {start.num_ranks} tools/replay.py ..."
+            f"many: deepspeed --num_accelerators {start.num_ranks} --module fastclr replay ..."
         )
 
 

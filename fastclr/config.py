@@ -81,7 +81,7 @@ class DataConfig:
     """Where the images come from and who augments them.
 
     Attributes:
-        train: Shard set: a folder made by ``tools/make_shards.py``, here or behind a URL (http(s),
+        train: Shard set: a folder made by ``fastclr shards``, here or behind a URL (http(s),
             s3, ...); tars made by others, as a folder or pattern; or a mixture ``a:0.7,b:0.3``.
         cache_dir: Folder for copies of remote shards and indexes of others' tars, shared by the
             ranks of a node; empty for ``fastclr`` in the user's cache folder (XDG_CACHE_HOME).

@@ -46,11 +46,12 @@ KEYS = frozenset({
     "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
     "zero_optimization",
 })  # fmt: skip
+BUNDLED = Path(__file__).with_name("recipes")  # JSON files that are known by their name
 FORMS = ("denominator", "rate_inside_momentum", "clip", "nesterov")  # of LARS
 
 
 def read(path: str | Path) -> JSON:
-    """Read a DeepSpeed JSON file.
+    """Read a DeepSpeed JSON file, or one that comes with fastclr by its name: ``fp32``.
 
     Raises:
         ConfigError: If it is missing, no JSON object, or names one key twice.
@@ -66,12 +67,12 @@ def read(path: str | Path) -> JSON:
         return dict(pairs)
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = _file(path).read_text(encoding="utf-8")
         loaded: Any = json.loads(text, object_pairs_hook=unique)
     except OSError as error:
         raise ConfigError(
-            f"DeepSpeed JSON {path} cannot be read ({error.strerror}): give --ds-config a file, "
-            "e.g. fastclr/recipes/fp32.json."
+            f"DeepSpeed JSON {path} cannot be read ({error.strerror}): give --ds-config a file, or "
+            f"the name of one that comes with fastclr: {', '.join(bundled())}."
         ) from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"DeepSpeed JSON {path} is no JSON: {error}.") from error
@@ -86,6 +87,17 @@ def read(path: str | Path) -> JSON:
         ]
     )
     return ds
+
+
+def bundled() -> list[str]:
+    """Return the names of the JSON files that come with fastclr."""
+    return sorted(file.stem for file in BUNDLED.glob("*.json"))
+
+
+def _file(path: str | Path) -> Path:
+    """Return the file that a path or a name means; a file that is there wins."""
+    is_name = not Path(path).exists() and str(path) in bundled()
+    return BUNDLED / f"{path}.json" if is_name else Path(path)
 
 
 def resolve(config: Config, ds: JSON, world: World) -> tuple[Config, JSON]:

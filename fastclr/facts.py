@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # run from a folder without installing
             found[name] = "not installed"
     return found
+
+
+def typed() -> list[str]:
+    """Return this process's command as it can be typed again, without what launchers add."""
+    program, *words = (word for word in sys.argv if not word.startswith("--local_rank="))
+    path = Path(program)
+    if path.name == "fastclr" or path.parts[-2:] == ("fastclr", "__main__.py"):
+        return ["fastclr", *words]
+    return ["python", program, *words]
 
 
 def redacted(settings: Any) -> Any:

@@ -1,4 +1,8 @@
-"""Train: ``deepspeed fastclr/train.py --ds-config FILE [--recipe NAME] [@FILE] [flags]``."""
+"""Train: ``deepspeed fastclr/train.py --ds-config FILE [--recipe NAME] [@FILE] [flags]``.
+
+Where the repository is not there: ``fastclr train ...``, and on several ranks ``deepspeed --module
+fastclr train ...``.
+"""
 
 from __future__ import annotations
 
@@ -13,40 +17,63 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import argparse
 import os
 import shlex
+from collections.abc import Sequence
 
 import tyro
 
 from fastclr.cli import guard
 from fastclr.config import Config
+from fastclr.facts import typed
 from fastclr.interruption import EXIT_PEER_LOST, EXIT_PREEMPTED, Interruption
 from fastclr.recipes import RECIPES
+from fastclr.world import World
 
 
-def main() -> int:
-    """Parse the flags, run, return the exit code."""
-    parser = argparse.ArgumentParser(add_help=False, fromfile_prefix_chars="@")
-    # A file of flags, "@tuned.flags", as benchmarks/throughput.py writes it; those after it win.
+def parse(words: Sequence[str], program: str = "fastclr train") -> tuple[Config, str]:
+    """Return the configuration that flags mean, and the path or name of the DeepSpeed JSON.
+
+    Args:
+        words: Flags; ``@FILE`` stands for the flags in a file.
+        program: How the command is called in its help.
+
+    Raises:
+        SystemExit: At ``--help`` (0) and at a wrong flag (2).
+    """
+    parser = argparse.ArgumentParser(prog=program, add_help=False, fromfile_prefix_chars="@")
+    # A file of flags, "@tuned.flags", as `fastclr bench` writes it; those after it win.
     parser.convert_arg_line_to_args = lambda arg_line: shlex.split(arg_line, comments=True)
     parser.add_argument("--ds-config", default="")
     parser.add_argument("--recipe", default="simclr-v1-paper", choices=sorted(RECIPES))
     parser.add_argument("--local_rank", "--local-rank", type=int)  # the launcher's; World reads it
-    first, rest = parser.parse_known_args()
-    recipe = RECIPES[first.recipe]()
+    first, rest = parser.parse_known_args(words)
     config = tyro.cli(
         Config,
-        default=recipe,
+        default=RECIPES[first.recipe](),
         args=rest,
-        prog="deepspeed fastclr/train.py --ds-config FILE [--recipe NAME] [@FILE of flags]",
+        prog=f"{program} --ds-config FILE [--recipe NAME] [@FILE of flags]",
         description=f"Train SimCLR. Recipes: {', '.join(RECIPES)}; the defaults below are those "
         f"of {first.recipe}. What the DeepSpeed JSON sets is not set here.",
     )
+    return config, first.ds_config
 
-    typed = [word for word in sys.argv if not word.startswith("--local_rank=")]
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Parse the flags, run, return the exit code.
+
+    Args:
+        words: Flags of ``fastclr train``; None takes the process's own.
+    """
+    is_script = words is None
+    program = "deepspeed fastclr/train.py" if is_script else "fastclr train"
+    config, ds_config = parse(sys.argv[1:] if words is None else words, program)
 
     def command() -> None:
         from fastclr.runs import train  # takes seconds, in which a signal is noted already
 
-        train(config, first.ds_config, ["deepspeed", *typed], interruption)
+        program, *rest = typed()
+        launcher = ["deepspeed", "--module"] if World.detect().num_ranks > 1 else []
+        told = ["deepspeed", *rest] if is_script else [*launcher, program, *rest]
+        train(config, ds_config, told, interruption)
 
     with Interruption() as interruption:
         code = guard(command)

@@ -165,6 +165,6 @@ class ForeignShards:
     def verify(self, number: int) -> int:
         """Refuse: nobody wrote down what the bytes should be."""
         raise ShardError(
-            f"{self._files[number]} has no manifest that says its sha256: pack it with `python "
-            "tools/make_shards.py` to have one."
+            f"{self._files[number]} has no manifest that says its sha256: pack it with "
+            "`fastclr shards` to have one."
         )

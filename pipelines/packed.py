@@ -155,8 +155,8 @@ def no_shard_set(place: str, why: str) -> ShardError:
     """Make the error for a place without a manifest."""
     return ShardError(
         f"{place} is no shard set: {MANIFEST} cannot be read ({why}). It is written last, so "
-        "packing was never finished here, or the path is wrong; run `python tools/make_shards.py "
-        "SOURCE --out DIR`."
+        "packing was never finished here, or the path is wrong; run `fastclr shards SOURCE --out "
+        "DIR`."
     )
 
 
@@ -168,8 +168,8 @@ def check_index(raw: bytes, shard: ShardEntry, num_classes: int, place: str) -> 
     """
     if hashlib.sha256(raw).hexdigest() != shard.index_sha256:
         raise ShardError(
-            f"{place} does not have the sha256 of its manifest; mend it with `python "
-            "tools/check_shards.py DIR --repair-index`, or pack again."
+            f"{place} does not have the sha256 of its manifest; mend it with "
+            "`fastclr check DIR --repair-index`, or pack again."
         )
     try:
         index = parse_index(raw, tar_bytes=shard.num_bytes, num_classes=num_classes)
@@ -253,8 +253,8 @@ def presence_problem(folder: Path, shard: ShardEntry) -> str:
         )
     if not has_index:
         return (
-            f"{folder / shard.index} is missing or damaged: mend it with `python "
-            f"tools/check_shards.py {folder} --repair-index`, or pack again."
+            f"{folder / shard.index} is missing or damaged: mend it with `fastclr "
+            f"check {folder} --repair-index`, or pack again."
         )
     return ""
 

@@ -133,7 +133,7 @@ class ShardSet:
         """Open a set from its manifest alone, or shards that have none.
 
         Args:
-            path: Folder made by ``tools/make_shards.py``, here or behind a URL of any fsspec file
+            path: Folder made by ``fastclr shards``, here or behind a URL of any fsspec file
                 system; or tars made by others: a folder of them, one, a glob pattern, or names with
                 ``{000000..000099}``. These are indexed when they are first opened.
             cache_dir: Folder for copies of remote shards, and for indexes of others' tars whose own

@@ -146,8 +146,7 @@ def scan(file: Path, label_field: str | None) -> Scan:
             found.left_out += problems
     except tarfile.TarError as error:
         raise ShardError(
-            f"{file} is no plain tar ({error}): decompress it, or pack it with `python "
-            "tools/make_shards.py`."
+            f"{file} is no plain tar ({error}): decompress it, or pack it with `fastclr shards`."
         ) from error
     except OSError as error:
         raise ShardError(f"{file} cannot be read: {error}.") from error

@@ -74,6 +74,15 @@ def test_what_cannot_be_read(tmp_path, text, message):
     assert "ds.json" in str(caught.value)
 
 
+def test_those_that_come_with_fastclr_have_names(tmp_path, monkeypatch):
+    assert read("fp32_clipped") == {"gradient_clipping": 1.0}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fp32_clipped").write_text("{}")
+    assert read("fp32_clipped") == {}, "a file of that name comes first"
+    with pytest.raises(ConfigError, match=r"fp32_cliped cannot .*: fp32, fp32_clipped"):
+        read("fp32_cliped")
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match=r"none.json cannot be read \(No such file.*--ds-config"):
         read(tmp_path / "none.json")

@@ -32,6 +32,19 @@ def test_versions_and_hardware_are_told():
     assert found["cores"] == num_cores() >= 1
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["/venv/bin/fastclr", "report", "--run", "x"], "fastclr report --run x"),
+        (["/site/fastclr/__main__.py", "--local_rank=1", "train"], "fastclr train"),
+        (["tools/study.py", "heads"], "python tools/study.py heads"),
+    ],
+)
+def test_a_command_is_told_as_it_is_typed(monkeypatch, argv, expected):
+    monkeypatch.setattr("sys.argv", argv)
+    assert " ".join(facts.typed()) == expected
+
+
 def limit_memory(folder: Path, limit: str, current: int, cache: int) -> None:
     """Write what a control group of version 2 tells."""
     (folder / "memory.max").write_text(f"{limit}\n")

@@ -1,31 +1,8 @@
 """Export an encoder: ``python tools/export_encoder.py runs/demo --to timm --out exports/demo``."""
 
-from __future__ import annotations
-
 import sys
-from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from fastclr.cli import guard
-
-
-def export(
-    run: Annotated[Path, tyro.conf.Positional], to: str, out: Path, data_license: str = ""
-) -> None:
-    """Write a run's encoder so that another library loads it; checked by that library.
-
-    Args:
-        run: Folder of a training run (its --run-dir).
-        to: safetensors, timm, torchvision, huggingface, onnx or torch_export.
-        out: Folder that is made.
-        data_license: Licence of the images it was trained on, for the card.
-    """
-    from fastclr.export import export_run
-
-    print(export_run(run, to, out, data_license) / "README.md")
-
+from fastclr.commands import main
 
 if __name__ == "__main__":
-    sys.exit(guard(lambda: tyro.cli(export)))
+    sys.exit(main(["export", *sys.argv[1:]]))

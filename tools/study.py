@@ -1,85 +1,8 @@
 """Run an experiment of the literature: ``python tools/study.py heads --data TRAIN TEST``."""
 
-from __future__ import annotations
-
 import sys
-from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from fastclr.cli import guard
-from fastclr.config import ConfigError
-from fastclr.studies import STUDIES
-from fastclr.studies.images import open_images
-from fastclr.studies.pages import write_pages, write_study
-from fastclr.studies.running import rows_of, run_study
-from fastclr.studies.scales import SCALES
-from fastclr.studies.summaries import summary
-
-
-def study(
-    name: Annotated[str, tyro.conf.Positional],
-    scale: str = "pilot",
-    seeds: int = 3,
-    data: tuple[str, str] = ("data/cifar10/train", "data/cifar10/test"),
-    out: Path = Path("fastclr/studies"),
-    work: Path = Path("runs/studies"),
-    only_report: bool = False,
-) -> None:
-    """Do the runs of a study that are not done yet, then write its table, figure and verdicts.
-
-    A row a run is written as soon as it is done; start the same command again to go on.
-
-    Args:
-        name: Key of ``fastclr.studies.STUDIES``, or ``all``.
-        scale: Key of ``fastclr.studies.scales.SCALES``: toy, pilot, small or paper.
-        seeds: Seeds of each arm; verdicts take 3 or more.
-        data: Training and test shard set, labelled.
-        out: Folder of RESULTS.md, studies.html and results/.
-        work: Folder for the checkpoints of runs in progress.
-        only_report: Do no runs; write what the rows say.
-    """
-    names = list(STUDIES) if name == "all" else [name]
-    if unknown := [n for n in names if n not in STUDIES]:
-        raise ConfigError(f"study {unknown[0]!r} is unknown: choose {', '.join(STUDIES)}, or all.")
-    if scale not in SCALES or seeds < 1:
-        raise ConfigError(
-            f"scale is {scale!r} and seeds {seeds}: choose from {', '.join(SCALES)}, and 1 or more."
-        )
-    size = SCALES[scale]
-    images = open_images(*data, size)
-    facts = {
-        **images.facts,
-        "name": Path(data[0]).parent.name or data[0],
-        "num_train": len(images.train),
-        "num_test": len(images.test),
-    }
-    for chosen in names:
-        results = out / "results"
-        found = STUDIES[chosen]
-        if only_report:
-            (results / chosen / scale).mkdir(parents=True, exist_ok=True)
-            rows = rows_of(found, size, images.facts, results, seeds)
-        else:
-            rows = run_study(
-                chosen,
-                found,
-                scale,
-                size,
-                images,
-                num_seeds=seeds,
-                results=results,
-                work_dir=work,
-                command=["python", *sys.argv],
-                say=lambda line: print(line, flush=True),
-            )
-        write_study(
-            results / chosen / scale, summary(chosen, found, scale, size, facts, rows, seeds)
-        )
-        write_pages(out)
-    print(f"{out / 'RESULTS.md'} {out / 'studies.html'}")
-
+from fastclr.commands import main
 
 if __name__ == "__main__":
-    sys.exit(guard(lambda: tyro.cli(study)))
+    sys.exit(main(["study", "--out", "fastclr/studies", *sys.argv[1:]]))

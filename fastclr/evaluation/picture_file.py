@@ -130,8 +130,8 @@ def load(run_dir: Path) -> Pictures | None:
         _check(found)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(
-            f"{file} cannot be drawn ({error}): make it again with tools/evaluate.py --protocol "
-            "pictures, or delete it."
+            f"{file} cannot be drawn ({error}): make it again with `fastclr evaluate "
+            "--protocol pictures`, or delete it."
         ) from error
     return found
 

@@ -140,7 +140,7 @@ def _take(
             if len(label_N) != stop - start:
                 raise ConfigError(
                     f"images {start} to {stop} came as {len(label_N)}: the data set does not hold "
-                    "what it says. Check it with tools/check_shards.py."
+                    "what it says. Check it with `fastclr check`."
                 )
             for part in gaps:
                 rows = label_N if part.layer == _LABEL else found[part.layer].h_XF

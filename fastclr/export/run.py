@@ -94,7 +94,7 @@ def load(folder: Path | str) -> Encoder:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(
             f"{folder} is no export of the format safetensors ({error}): make one with "
-            "tools/export_encoder.py RUN --to safetensors."
+            "`fastclr export RUN --to safetensors`."
         ) from error
 
 
@@ -149,7 +149,7 @@ def _scores(run_dir: Path, checkpoint: Path) -> tuple[Mapping[str, Any] | None, 
     """Return the run's scores if they are of this checkpoint, or why not."""
     file = run_dir / "scores.json"
     if not file.exists():
-        return None, "This encoder has not been scored (tools/evaluate.py)."
+        return None, "This encoder has not been scored (fastclr evaluate)."
     scores = _read_json(file)
     if scores.get("checkpoint") != checkpoint.name:
         return None, (

@@ -216,7 +216,7 @@ classes).</figcaption></figure>
 NO_SCORES = Template("""<section><h2>Scores of the representation h</h2>
 <p>This run has not been evaluated. This command, with your training and test sets in place of the
 dots, scores the frozen encoder with a linear classifier and kNN; the report then shows them:</p>
-<div class="panel command"><pre>python tools/evaluate.py --run $run ...</pre>\
+<div class="panel command"><pre>fastclr evaluate --run $run ...</pre>\
 <button type="button">Copy</button></div></section>""")
 
 LEARNING = Template("""<section><h2>Loss and contrastive accuracy</h2>

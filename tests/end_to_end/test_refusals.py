@@ -62,7 +62,7 @@ def train(commands, photos, tmp_path):
 
 def test_training_on_a_folder_that_is_no_shard_set(train, photos):
     done = train("--data.train", photos.images)
-    refused(done, "images is no shard set", "make_shards.py", code=65)
+    refused(done, "images is no shard set", "fastclr shards", code=65)
 
 
 def test_a_wrong_flag(train):

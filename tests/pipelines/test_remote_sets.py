@@ -197,7 +197,9 @@ def test_storage_that_dies_ends_the_epoch_in_time(
 
 def test_no_set_dead_storage_and_a_damaged_manifest(far: Far, tmp_path: Path) -> None:
     nowhere = Far(far.server, far.url + "x", "", ())
-    with pytest.raises(ShardError, match=r"trainx is no shard set: .*no such object.*make_shards"):
+    with pytest.raises(
+        ShardError, match=r"trainx is no shard set: .*no such object.*fastclr shards"
+    ):
         opened(nowhere, tmp_path / "f")
     patience = Patience(2.0, 1.0, 3.0, 0.01, 0.1)  # a first S3 client takes a second
     far.server.draw = lambda path, number: "hang"

@@ -113,7 +113,7 @@ def test_no_shard_set(packed: Path, damage: str) -> None:
         shutil.rmtree(packed)
         if damage == "a file":
             packed.write_text("hello")
-    refuse(packed, "is no shard set", "make_shards.py")
+    refuse(packed, "is no shard set", "fastclr shards")
 
 
 @pytest.mark.parametrize(

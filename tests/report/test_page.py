@@ -211,7 +211,7 @@ def test_report_is_the_same_twice(finished, tmp_path):
 def test_missing_scores_say_how_to_make_them(tmp_path):
     run_dir = make_run(tmp_path / "run", evaluated=False)
     html = write_report(run_dir).read_text()
-    assert f"python tools/evaluate.py --run {run_dir} ..." in html
+    assert f"fastclr evaluate --run {run_dir} ..." in html
     assert json.loads((run_dir / "report.json").read_text())["scores"] is None
 
 
@@ -220,7 +220,7 @@ def test_scores_of_other_protocols_alone(tmp_path):
     entry = {"scores": {"top1": 0.5}, "minutes": 0.25, "settings": {}}
     write_json(run_dir / "scores.json", {"protocols": {"ridge": entry}})
     html = write_report(run_dir).read_text()
-    assert "All protocols" in html and "<td>50.00</td>" in html and "tools/evaluate.py" in html
+    assert "All protocols" in html and "<td>50.00</td>" in html and "fastclr evaluate" in html
     report = json.loads((run_dir / "report.json").read_text())
     assert report["protocols"] == {"ridge": {"scores": {"top1": 0.5}, "minutes": 0.25}}
     assert report["scores"] is None

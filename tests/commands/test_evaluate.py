@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fastclr import answers, protocols, runs
 from fastclr.cli import guard
+from fastclr.commands.evaluate import evaluate
 from fastclr.config import Config, ConfigError, EncoderConfig, HeadConfig, ViewsConfig
 from fastclr.evaluation import (
     forgetting,
@@ -33,12 +33,6 @@ from fastclr.subject import Options, Subject
 from pipelines.evaluation_views import evaluation_rows
 from pipelines.photos import write_photo_tiles
 from pipelines.writer import write_shards
-
-ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
-assert SPEC and SPEC.loader
-TOOL = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(TOOL)
 
 CONFIG = Config(
     epochs=1,
@@ -113,7 +107,7 @@ def test_all_of_them_once_and_only_once(run: Path, data: Path, capsys) -> None:
         "finetune_epochs": 1,
         "maps": ("tsne",),
     }
-    assert guard(lambda: TOOL.evaluate(*sets, **options)) == 0
+    assert guard(lambda: evaluate(*sets, **options)) == 0
     rows = [f"transfer/{data.name}/{row}" for row in transfer.ROWS]
     kept = entries(run)
     # No probe was trained beside this encoder.
@@ -136,7 +130,7 @@ def test_all_of_them_once_and_only_once(run: Path, data: Path, capsys) -> None:
     assert whole["scores"]["trained"]["knn_top1"] == kept["knn"]["scores"]["top1"]
 
     before = (run / "scores.json").read_bytes()
-    assert guard(lambda: TOOL.evaluate(*sets, **options)) == 0
+    assert guard(lambda: evaluate(*sets, **options)) == 0
     assert (run / "scores.json").read_bytes() == before, "done before"
     sheet = (run / "scores.md").read_text().splitlines()
     assert sheet[0] == "| protocol | score | % | minutes |"
@@ -218,10 +212,7 @@ def packed(folder: Path, classes: dict[str, int]) -> Path:
 
 
 def refused(capsys, *arguments, code: int = 78) -> str:
-    assert (
-        guard(lambda: TOOL.evaluate(arguments[0], *map(str, arguments[1:3]), *arguments[3:]))
-        == code
-    )
+    assert guard(lambda: evaluate(arguments[0], *map(str, arguments[1:3]), *arguments[3:])) == code
     lines = capsys.readouterr().err.splitlines()
     return next(line for line in lines if line.startswith("error: "))
 
@@ -292,7 +283,7 @@ def test_what_is_not_there_is_asked_for(run: Path, data: Path, capsys, monkeypat
     assert "step-0000001 has no probe: only a run with --evaluation.joint-probe" in said
 
     def tried(**options) -> str:
-        command = guard(lambda: TOOL.evaluate(*sets, **options))
+        command = guard(lambda: evaluate(*sets, **options))
         assert command == 78
         lines = capsys.readouterr().err.splitlines()
         return next(line for line in lines if line.startswith("error: "))

@@ -1,4 +1,4 @@
-"""The whole of ``benchmarks/throughput.py``: account, search, comparison, within a budget."""
+"""The whole of ``fastclr bench``: account, search, comparison, within a budget."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fastclr.config import Config
 from fastclr.ds_config import JSON
 from fastclr.facts import num_cores
 from fastclr.files import write_durably
+from fastclr.throughput import settings
+from fastclr.throughput.account import Account, account_of
+from fastclr.throughput.jobs import Job, Processes
+from fastclr.throughput.search import OUT_OF_MEMORY, Found, NothingRuns, Outcome, Trial, search
+from fastclr.throughput.settings import Machine, Setting
 from fastclr.world import World
 from pipelines.backends import resolve_backend
-from throughput_parts import settings
-from throughput_parts.account import Account, account_of
-from throughput_parts.jobs import Job, Processes
-from throughput_parts.search import OUT_OF_MEMORY, Found, NothingRuns, Outcome, Trial, search
-from throughput_parts.settings import Machine, Setting
 
 # Where in the budget the search and all of it end, at the latest.
 SEARCH_ENDS, ENDS = 0.72, 0.97
@@ -279,8 +279,8 @@ def write_tuned(out: Path, session: Session, recipe: str, words: list[str], best
     write_durably(out / "tuned.flags", "\n".join(lines) + "\n")
     variables = [f"{k}={v}" for k, v in settings.environment(best, base).items()]
     command = [
-        "deepspeed", "--num_accelerators", str(session.machine.ranks), "fastclr/train.py",
-        "--ds-config", str(out / "tuned.json"), "--recipe", recipe, *words,
+        "deepspeed", "--num_accelerators", str(session.machine.ranks), "--module",
+        "fastclr", "train", "--ds-config", str(out / "tuned.json"), "--recipe", recipe, *words,
         f"@{out / 'tuned.flags'}", "--run-dir", "runs/tuned",
     ]  # fmt: skip
     return " ".join([*variables, shlex.join(command)])

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import fastclr.verify
+from fastclr.commands import main
 from fastclr.verify import Row
 
-TOOL = Path(__file__).parents[2] / "tools" / "verify.py"
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    """Import the tool from its file."""
-    spec = importlib.util.spec_from_file_location("verify_tool", TOOL)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+ROOT = Path(__file__).parents[2]
+FLAGS = ("--json", "rows.json", "--ds-config", "ds.json")
 
 
 @pytest.mark.slow
@@ -34,11 +24,11 @@ def test_it_passes_here(tmp_path: Path) -> None:
     gone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in gone}
     done = subprocess.run(
-        [sys.executable, TOOL, "--local_rank=0", "--json", "rows.json", "--ds-config", "ds.json"],
+        [sys.executable, ROOT / "tools/verify.py", "--local_rank=0", *FLAGS],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={**kept, "PYTHONPATH": str(TOOL.parents[1])},
+        env={**kept, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "trust ratio of each layer" in done.stdout and "FAIL" not in done.stdout
@@ -56,16 +46,14 @@ def test_it_passes_here(tmp_path: Path) -> None:
     assert "step 2/2" not in done.stderr, "the trainer's progress is in the way"
 
 
-def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *flags: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["verify.py", *map(str, flags)])
+def run(monkeypatch: pytest.MonkeyPatch, *flags: str | Path) -> int:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    return tool.main()
+    return main(["verify", *map(str, flags)])
 
 
 @pytest.mark.parametrize(("status", "code"), [("FAIL", 1), ("not run", 1), ("not applicable", 0)])
 def test_one_row_decides(
-    tool: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     status: str,
@@ -89,7 +77,7 @@ def test_one_row_decides(
             }
         ),
     )
-    assert run(tool, monkeypatch) == code
+    assert run(monkeypatch) == code
     printed = capsys.readouterr().out
     assert "[why]" in printed and "[hidden]" not in printed and f"1 {status}" in printed
 
@@ -103,7 +91,6 @@ def test_one_row_decides(
     ],
 )
 def test_a_json_that_a_run_would_refuse_is_78(
-    tool: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -112,7 +99,7 @@ def test_a_json_that_a_run_would_refuse_is_78(
 ) -> None:
     file = tmp_path / "ds.json"
     file.write_text(text)
-    assert run(tool, monkeypatch, "--ds-config", file, "--scratch", tmp_path / "runs") == 78
+    assert run(monkeypatch, "--ds-config", file, "--scratch", tmp_path / "runs") == 78
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("error: ") and words in printed.err
     assert not (tmp_path / "runs").exists()

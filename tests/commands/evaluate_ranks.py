@@ -5,7 +5,6 @@ The ranks are forks of this process, which has everything loaded.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -20,18 +19,13 @@ import torch
 import torch.distributed as dist
 
 from fastclr import runs
+from fastclr.commands import evaluate as command
 from fastclr.evaluation import forgetting, linear_sgd
 from fastclr.evaluation.linear_joint import JointProbe
 from fastclr.evaluations import joined
 from fastclr.interruption import Interruption
 from pipelines.writer import write_shards
 from tests.drills.forks import Ranks, config_of, outcome, small_data
-
-FILE = Path(__file__).parents[2] / "tools" / "evaluate.py"
-SPEC = importlib.util.spec_from_file_location("evaluate_tool", FILE)
-assert SPEC and SPEC.loader
-TOOL = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(TOOL)
 
 PROTOCOLS = (
     "quick", "ridge", "knn", "linear-lbfgs", "linear-sgd", "linear-joint", "layers", "forgetting",
@@ -108,7 +102,7 @@ def probe_of_ranks(file: Path) -> None:
 def evaluate(folder: Path, run_dir: Path, num_ranks: int, **options: Any) -> list[int | None]:
     """Score a run by the command."""
     texts = (str(folder / "train"), str(folder / "test"))
-    work = partial(TOOL.evaluate, run_dir, *texts, maps=("tsne",), cached_views=2, **options)
+    work = partial(command.evaluate, run_dir, *texts, maps=("tsne",), cached_views=2, **options)
     return run(folder, num_ranks, work)
 
 

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from fastclr.batch import Batch
+from fastclr.throughput.marks import Marks
 from fastclr.trainer import Trainer
 from pipelines.loader import Loader
-from throughput_parts.marks import Marks
 
 WAIT = "next batch"
 TO_DEVICE, INPUT = "host to device", "input to float"

@@ -83,7 +83,7 @@ def test_the_text_has_every_number() -> None:
 
 def test_the_command(shard_set: ShardSet, tmp_path: Path) -> None:
     out = tmp_path / "views.png"
-    command = [sys.executable, "tools/show_views.py", str(shard_set.path), "--out", str(out)]
+    command = [sys.executable, "-m", "fastclr", "views", str(shard_set.path), "--out", str(out)]
     command += ["--views.size", "32", "--num-images", "3", "--seed", "5", "--views.blur-prob", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

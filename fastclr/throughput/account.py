@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from throughput_parts import data_work, limits, observing
-from throughput_parts.marks import BETWEEN
+from fastclr.throughput import data_work, limits, observing
+from fastclr.throughput.marks import BETWEEN
 
 HAND_OUT = "hand out"
 DATA = (
@@ -90,7 +90,7 @@ class Account:
 
 
 def account_of(raw: Mapping[str, Any]) -> Account:
-    """Make the account of what :func:`throughput_parts.measuring.account` found."""
+    """Make the account of what :func:`fastclr.throughput.measuring.account` found."""
     stages = [*_data_stages(raw), *_step_stages(raw)]
     wall = fmean(raw["wall"])
     by_name = {stage.name: stage for stage in stages}

@@ -174,7 +174,7 @@ def apply(setting: Setting, base: Setting, config: Config, ds: JSON) -> tuple[Co
 
 
 def flags(setting: Setting, base: Setting) -> list[str]:
-    """Return the flags of ``fastclr/train.py`` for what a setting changes of the recipe."""
+    """Return the flags of ``fastclr train`` for what a setting changes of the recipe."""
     found = changes(setting, base)
     lines = []
     for name, flag in (

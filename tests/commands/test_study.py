@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -24,10 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def study():
     """Return the function behind the command; another process would cost ten seconds."""
-    spec = importlib.util.spec_from_file_location("study_command", ROOT / "tools" / "study.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.study
+    return importlib.import_module("fastclr.commands.study").study
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +41,7 @@ def start(*flags):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    command = [sys.executable, "tools/study.py", *map(str, flags)]
+    command = [sys.executable, "-m", "fastclr", "study", *map(str, flags)]
     return subprocess.Popen(
         command,
         cwd=ROOT,

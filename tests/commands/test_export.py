@@ -14,7 +14,7 @@ TOOL = ROOT / "tools" / "export_encoder.py"
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *flags: object) -> object:
-    """Run the tool as a script; return its exit code."""
+    """Run the tool of the repository as a script; return its exit code."""
     monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, flags)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(TOOL), run_name="__main__")

@@ -16,9 +16,9 @@ from fastclr import checkpointing, collectives, runs
 from fastclr.ds_config import JSON
 from fastclr.ledger import Ledger
 from fastclr.runs import Prepared
-from throughput_parts import data_work, limits, observing
-from throughput_parts.jobs import Job
-from throughput_parts.marks import Marks
+from fastclr.throughput import data_work, limits, observing
+from fastclr.throughput.jobs import Job
+from fastclr.throughput.marks import Marks
 
 WARM_UPS = 3  # steps: the first compiles and chooses algorithms
 LEAST = 2  # steps of a trial, however long one takes

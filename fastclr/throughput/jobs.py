@@ -21,7 +21,7 @@ from typing import Any
 
 from fastclr.config import Config
 from fastclr.ds_config import JSON
-from throughput_parts.search import OUT_OF_MEMORY
+from fastclr.throughput.search import OUT_OF_MEMORY
 
 # Imported once, by the process that all others are forks of.
 PRELOAD = ["torch", "deepspeed", "fastclr.runs", "pipelines.augment_threads"]
@@ -33,7 +33,7 @@ class Job:
     """One thing to be run.
 
     Attributes:
-        kind: Key of :data:`throughput_parts.measuring.KINDS`.
+        kind: Key of :data:`fastclr.throughput.measuring.KINDS`.
         config: Recipe, complete but for ``run_dir``.
         ds: DeepSpeed JSON.
         torch_threads: Threads of a rank's operations on the CPU.
@@ -165,7 +165,7 @@ def _end_with_parent() -> None:
 def _work(job: Job) -> dict[str, Any]:
     import torch
 
-    from throughput_parts.measuring import KINDS
+    from fastclr.throughput.measuring import KINDS
 
     torch.set_num_threads(job.torch_threads)
     return KINDS[job.kind](job)

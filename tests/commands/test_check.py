@@ -264,7 +264,7 @@ def test_no_repair_from_a_tar_of_something_else(packed: Path) -> None:
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/check_shards.py", *map(str, args)]
+    command = [sys.executable, "-m", "fastclr", "check", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

@@ -6,14 +6,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import facts, measurement, write_rows
-
 from fastclr.files import write_durably
-from throughput_parts import observing, settings
-from throughput_parts.account import HAND_OUT, Account, Stage
-from throughput_parts.marks import BETWEEN
-from throughput_parts.search import Found, Trial
-from throughput_parts.session import Results, Session
+from fastclr.measurements import facts, measurement, write_rows
+from fastclr.throughput import observing, settings
+from fastclr.throughput.account import HAND_OUT, Account, Stage
+from fastclr.throughput.marks import BETWEEN
+from fastclr.throughput.search import Found, Trial
+from fastclr.throughput.session import Results, Session
 
 HEADING = "## Measured\n"  # what stands below is replaced
 ACCOUNTED, GAIN = 0.95, 1.2  # asked for

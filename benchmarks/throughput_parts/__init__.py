@@ -1,1 +1,0 @@
-"""The parts of ``benchmarks/throughput.py``: account, search, pages; see there."""

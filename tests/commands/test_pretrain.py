@@ -1,0 +1,186 @@
+"""A folder in, a scored encoder out: refusals, the plan, stops, and all of it once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fastclr
+from fastclr.commands import main, pretrain
+from fastclr.config import ConfigError
+from fastclr.interruption import Preempted
+from pipelines.writer import write_shards
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make 60 JPEGs of three colours; read only."""
+    folder = tmp_path_factory.mktemp("pretrain") / "my images"
+    rng = np.random.default_rng(0)
+    for k in range(60):
+        file = folder / ("red", "green", "blue")[k % 3] / f"{k}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 100, (40, 44, 3), np.uint8)
+        pixels[..., k % 3] += 150
+        Image.fromarray(pixels).save(file)
+    return folder
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """Note the commands instead of calling them."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(pretrain, "_do", lambda words, *_: commands.append(words))
+    monkeypatch.chdir(tmp_path)
+    return commands
+
+
+def test_it_stands_for_plain_commands(images, done, tmp_path, capsys):
+    result = pretrain.pretrain(str(images), minutes=2)
+    assert [words[0] for words in done] == (
+        ["shards", "shards", "train", "evaluate", "report", "export"]
+    )
+    assert result.run_dir == Path("runs/my images") and result.scores is None
+    said = capsys.readouterr().out
+    assert "60 images of about 40 pixels, 3 classes. 6 of them are held out" in said
+    for line in result.commands:
+        assert f"\n  {line}\n" in said, "printed before it runs"
+        assert line.startswith("fastclr ")
+    train = done[2]
+    assert train[train.index("--minutes") + 1] == "2"
+    assert train[train.index("--global-batch-size") + 1] == "16"
+    (cache,) = Path("runs/shards").iterdir()
+    assert len((cache / "train.jsonl").read_text().splitlines()) == 54
+    assert train[train.index("--data.train") + 1] == str(cache / "train")
+    before = [*done]
+    pretrain.pretrain(str(images), minutes=2)
+    assert done == 2 * before, "goes on with the same"
+
+
+def test_images_without_labels_are_trained_on_and_not_scored(images, done, tmp_path, capsys):
+    shutil.copytree(images / "red", tmp_path / "flat")
+    (tmp_path / "flat" / "notes.txt").write_text("mine")
+    pretrain.pretrain("flat", run_dir="out/run")
+    assert [words[0] for words in done] == ["shards", "train", "report", "export"]
+    said = capsys.readouterr().out
+    assert "Nothing is scored" in said and "1 other files are left out: notes.txt" in said
+    assert len([*Path("out/shards").iterdir()]) == 1, "beside the run"
+
+
+def test_several_ranks_train_by_the_launcher(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started, codes = [], iter([0, 75])
+
+    def launch(command, **_):
+        started.append(command)
+        return SimpleNamespace(returncode=next(codes))
+
+    monkeypatch.setattr(pretrain, "run", lambda *_: None)
+    monkeypatch.setattr(pretrain.subprocess, "run", launch)
+    result = pretrain.pretrain(str(images), ranks=2)
+    words = "deepspeed --num_accelerators 2 --module fastclr train --ds-config fp32_clipped"
+    assert result.commands[2].startswith(words)
+    assert started[0][:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    assert started[0][3:8] == words.split()[1:6]
+    with pytest.raises(Preempted, match="ended with code 75"):
+        pretrain.pretrain(str(images), ranks=2)
+
+
+def fails(capsys, *words: object) -> str:
+    assert main(["pretrain", *map(str, words)]) == 78
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "Traceback" not in said
+    return said
+
+
+@pytest.mark.usefixtures("done")
+def test_what_cannot_be_is_refused_and_leaves_nothing(images, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "no image" in fails(capsys, "empty") or "no file" in fails(capsys, "empty")
+    assert "is no folder" in fails(capsys, tmp_path / "nowhere")
+    few = tmp_path / "few"
+    few.mkdir()
+    for file in sorted((images / "red").iterdir())[:15]:
+        shutil.copy(file, few)
+    assert "15 images to train on and the smallest batch is 16" in fails(capsys, "few")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "few"]
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("mine")
+    said = fails(capsys, images, "--run-dir", foreign)
+    assert "has not begun" in said and "Choose a new --run-dir" in said
+    assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.usefixtures("done")
+def test_a_run_goes_on_only_as_it_was_begun(images, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    assert main(["pretrain", "images", "--minutes", "1"]) == 0
+    assert "minutes 1.0 then, 2.0 now" in fails(capsys, "images", "--minutes", "2")
+    said = fails(capsys, images, "--minutes", "1", "--run-dir", "runs/images")
+    assert "folder " in said and "Repeat those to go on" in said
+    shutil.copy(folder / "red" / "0.jpg", folder / "red" / "new.jpg")
+    assert "has changed since" in fails(capsys, "images", "--minutes", "1")
+
+
+@pytest.mark.slow
+def test_all_of_it_stopped_and_gone_on_with(images, tmp_path, capsys):
+    """Stop the command while it trains; the same call in this process does the rest."""
+    run_dir = tmp_path / "run"
+    gone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in gone}
+    command = ["pretrain", str(images), "--run-dir", str(run_dir), "--minutes", "0.3"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastclr", *command], cwd=ROOT, text=True,
+        env={**kept, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    log = run_dir / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 75, out + err
+    assert "is saved: start the same command again" in err and "[3/6] fastclr train" in out
+    packed = {f: f.stat().st_mtime_ns for f in tmp_path.glob("shards/*/*/*.tar")}
+    steps = len(log.read_text().splitlines())
+
+    result = fastclr.pretrain(str(images), run_dir=str(run_dir), minutes=0.3)
+    assert packed == {f: f.stat().st_mtime_ns for f in tmp_path.glob("shards/*/*/*.tar")}, "cached"
+    assert len(log.read_text().splitlines()) > steps
+    assert result.report.read_text(encoding="utf-8").rstrip().endswith("</html>")
+    scores = result.scores["scores"]
+    assert scores.keys() == {"trained", "untrained", "pixels"}
+    assert scores["pixels"]["linear_top1"] == 1, "three colours"
+    from fastclr.export import load
+
+    assert load(result.encoder).feature_dim == 256
+    facts = json.loads((run_dir / "config.json").read_text())
+    assert facts["command"].startswith("fastclr train --ds-config fp32_clipped")
+    before = (run_dir / "summary.json").read_bytes()
+    capsys.readouterr()
+    fastclr.pretrain(str(images), run_dir=str(run_dir), minutes=0.3)
+    said = capsys.readouterr().out
+    assert said.count("done before") == 2 and (run_dir / "summary.json").read_bytes() == before
+
+
+def test_shards_are_no_images(images, done, tmp_path, capsys):
+    write_shards(images, tmp_path / "packed")
+    with pytest.raises(ConfigError, match="fastclr shards"):
+        pretrain.pretrain("packed")
