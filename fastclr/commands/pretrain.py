@@ -48,7 +48,7 @@ class Pretrained(NamedTuple):
 
 
 def pretrain(
-    folder: Annotated[str, tyro.conf.Positional],
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
     run_dir: str = "",
     minutes: float = 30.0,
     ranks: int = 0,
