@@ -53,8 +53,8 @@ def test_no_flag_is_without_words() -> None:
 
 
 def test_words_that_are_no_part(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evalute"]) == 2
-    assert "no command 'evalute': choose from pretrain, " in capsys.readouterr().err
+    assert main(["score"]) == 2
+    assert "no command 'score': choose from pretrain, " in capsys.readouterr().err
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"fastclr {fastclr.__version__}\n"
     assert main([]) == 0 and "usage: fastclr COMMAND" in capsys.readouterr().out
@@ -94,9 +94,9 @@ def test_tools_are_parts_and_nothing_else() -> None:
 
 
 def test_a_tool_runs_where_the_repository_is(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "tools/report.py", "--run", tmp_path]
+    command = [sys.executable, ROOT / "tools/check_shards.py", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 78 and "is no folder of a finished run" in done.stderr
+    assert done.returncode == 65 and "is no shard set" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("fastclr train --data.tr", "--data.train"),
         ("fastclr train --recipe cifar10-c", "cifar10-cpu"),
         ("fastclr bench --budget", "--budget-minutes"),
-        ("fastclr fetch ph", "photos"),
+        ("fastclr shards --max-r", "--max-rejected"),
     ],
 )
 def test_bash_completes(script: Path, typed: str, expected: str) -> None:
