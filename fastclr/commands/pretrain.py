@@ -98,15 +98,13 @@ def pretrain(
     typed = [shlex.join([*plan["launcher"] * (c[0] == "train"), "fastclr", *c])
              for c in plan["commands"]]  # fmt: skip
     print("\n".join([*plan["says"], "This stands for:", "", *(f"  {line}" for line in typed)]))
-    for number, (words, line) in enumerate(zip(plan["commands"], typed, strict=True), 1):
-        print(f"\n[{number}/{len(typed)}] {line}", flush=True)
+    for number, words in enumerate(plan["commands"], 1):
+        print(f"\n[{number}/{len(typed)}] {words[0]}", flush=True)
         _do(words, plan["launcher"], target)
     result = _results(target, typed)
-    print(
-        f"\nreport:  {result.report}\nencoder: {result.encoder} (its README.md says how to load it)"
-    )
+    print(f"\nreport:  {result.report}\nencoder: {result.encoder}, see its README.md")
     if result.scores:
-        print(f"scores:  {target / 'scores.json'}")
+        print(f"scores:  {target / 'scores.json'}{_headline(result.scores)}")
     return result
 
 
@@ -150,7 +148,10 @@ def _plan(divided: Divided, name: str, target: Path, asked: dict[str, Any]) -> d
         f"{num_images} images of about {side} pixels, {divided.num_classes} classes. {divided.why}"
     ]
     if divided.left_out:
-        says.append(f"{len(divided.left_out)} other files are left out: {divided.left_out[0]}, ...")
+        named = ", ".join(divided.left_out[:3]) + ", ..." * (len(divided.left_out) > 3)
+        says.append(
+            f"Left out, no images by their names: {named} ({len(divided.left_out)} in all)."
+        )
     return {
         "cache": str(cache),
         "launcher": launcher if num_ranks > 1 else [],
@@ -229,6 +230,18 @@ def _results(target: Path, commands: list[str]) -> Pretrained:
     file = target / "scores.json"
     scores = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     return Pretrained(target, target / "report.html", target / "encoder", scores, commands)
+
+
+def _headline(scores: dict[str, Any]) -> str:
+    """Return the scores of a linear classifier in words, where there are any."""
+    if not (of := scores.get("scores")):
+        return ""
+    shares = {name: f"{of[name]['linear_top1']:.1%}" for name in of}
+    return (
+        f"\n         of what was held out, a linear classifier on the encoder gets "
+        f"{shares['trained']} right,\n         {shares['untrained']} on the untrained encoder and "
+        f"{shares['pixels']} on raw pixels"
+    )
 
 
 def main(words: Sequence[str]) -> int:

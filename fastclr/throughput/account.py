@@ -146,7 +146,8 @@ def _step_stages(raw: Mapping[str, Any]) -> list[Stage]:
 
 def _shares(stages: Sequence[Stage], wall: float) -> dict[str, float]:
     """Add the exposed shares of the wall time up in groups."""
-    groups = dict.fromkeys(("data", "model", "loss", "communication", "optimizer", "host"), 0.0)
+    names: tuple[str, ...] = ("data", "model", "loss", "communication", "optimizer", "host")
+    groups = dict.fromkeys(names, 0.0)
     for stage in stages:
         if stage.name.startswith(observing.COMMUNICATION):
             group = "communication"
@@ -154,7 +155,7 @@ def _shares(stages: Sequence[Stage], wall: float) -> dict[str, float]:
             group = "optimizer"
         else:
             known = {"data": DATA, "model": MODEL, "loss": LOSS}
-            group = next((g for g, names in known.items() if stage.name in names), "host")
+            group = next((g for g, own in known.items() if stage.name in own), "host")
         groups[group] += stage.exposed / wall
     return groups
 

@@ -74,7 +74,8 @@ def watched(loader: Loader, work: Work) -> Iterator[None]:
     backend, read, decode_ = loader._backend, shards.ShardSet._read, shards.decode
     small = shards.ShardSet.images
     stage = DECODE_AUGMENT if backend.takes_bytes else AUGMENT
-    loader._backend = _Timed(backend, work.timed(stage, backend))
+    timed: Any = _Timed(backend, work.timed(stage, backend))
+    loader._backend = timed
     shards.ShardSet._read = work.timed(READ, read)
     shards.decode = work.timed(DECODE, decode_)
     shards.ShardSet.images = work.timed(READ_DECODE, small)

@@ -246,7 +246,8 @@ def _fit(
 ) -> None:
     """Train along a plan."""
     observing.observe(run.trainer, marks, plan, save)
-    run.trainer.fit(source or run.loader, epochs=FOR_EVER)
+    loader: Any = source or run.loader  # a source passes on what it does not have
+    run.trainer.fit(loader, epochs=FOR_EVER)
 
 
 def _synchronize(run: Prepared) -> None:

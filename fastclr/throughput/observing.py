@@ -108,9 +108,9 @@ def observe(trainer: Trainer, marks: Marks, plan: Plan, save: Callable[..., None
             marks.switch(LOGGING)  # until the next batch is asked for
         return loss
 
-    trainer._start_engine, trainer._loop = start, loop_marked
+    trainer._start_engine, trainer._loop = start, loop_marked  # pyright: ignore[reportAttributeAccessIssue]
     trainer._next, trainer._step_or_skip = next_, step
-    trainer._save = lambda *args: save(save_really, *args)
+    trainer._save = lambda *args: save(save_really, *args)  # pyright: ignore[reportAttributeAccessIssue]
     trainer.train_step = marks.within(TO_DEVICE, trainer.train_step)
     finite.watch = marks.within(FINITE, finite.watch)
     finite.check = marks.within(FINITE, finite.check)

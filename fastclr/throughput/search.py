@@ -179,15 +179,16 @@ class _Rungs:
 
     def fitting(self, base: Any, chunks: Sequence[int], seconds: float) -> tuple[Any, Outcome]:
         """Measure the base, cut into more chunks until it fits in memory."""
-        more = sorted(k for k in chunks if k > base.chunks)
+        more, problem = sorted(k for k in chunks if k > base.chunks), ""
         for setting in (base, *(replace(base, chunks=k) for k in more)):
             outcome = self._one(setting, seconds)
             self._note(Trial(setting, 0, outcome, 0.0 if outcome.problem else 1.0))
             if not outcome.problem:
                 return setting, outcome
-            if outcome.problem != OUT_OF_MEMORY:
+            problem = outcome.problem
+            if problem != OUT_OF_MEMORY:
                 break
-        raise NothingRuns(f"The setting that was given cannot be measured: {outcome.problem}")
+        raise NothingRuns(f"The setting that was given cannot be measured: {problem}")
 
     def run(
         self,

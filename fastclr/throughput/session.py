@@ -182,7 +182,7 @@ class Session:
     def _account(self) -> tuple[Account, Setting]:
         """Account for the base; where it does not fit in memory, for the fewest chunks that do."""
         chunks = [k for k in self.axes.get("chunks", ()) if k >= self.base.chunks]
-        seconds = max(4.0, ACCOUNT_SHARE * self._budget)
+        seconds, problem = max(4.0, ACCOUNT_SHARE * self._budget), ""
         for count in sorted(chunks) or [self.base.chunks]:
             setting = replace(self.base, chunks=count)
             self._say(f"accounting for {settings.describe(setting, self.base)}")
@@ -191,10 +191,11 @@ class Session:
             raw = self._processes.run(job, self._until(ENDS))
             if "problem" not in raw:
                 return account_of(raw), setting
-            self._say(f"  {raw['problem']}")
-            if raw["problem"] != OUT_OF_MEMORY:
+            problem = raw["problem"]
+            self._say(f"  {problem}")
+            if problem != OUT_OF_MEMORY:
                 break
-        raise NothingRuns(f"the run cannot be measured: {raw['problem']}")
+        raise NothingRuns(f"the run cannot be measured: {problem}")
 
     def _compare(self, found: Found) -> list[tuple[Outcome, Outcome]]:
         """Measure base and best in turn."""
