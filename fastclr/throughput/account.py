@@ -146,8 +146,8 @@ def _step_stages(raw: Mapping[str, Any]) -> list[Stage]:
 
 def _shares(stages: Sequence[Stage], wall: float) -> dict[str, float]:
     """Add the exposed shares of the wall time up in groups."""
-    names: tuple[str, ...] = ("data", "model", "loss", "communication", "optimizer", "host")
-    groups = dict.fromkeys(names, 0.0)
+    names = ("data", "model", "loss", "communication", "optimizer", "host")
+    groups: dict[str, float] = dict.fromkeys(names, 0.0)
     for stage in stages:
         if stage.name.startswith(observing.COMMUNICATION):
             group = "communication"

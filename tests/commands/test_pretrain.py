@@ -138,6 +138,24 @@ def test_a_run_goes_on_only_as_it_was_begun(images, tmp_path, capsys):
     assert "has changed since" in fails(capsys, "images", "--minutes", "1")
 
 
+def test_an_interruption_is_told_in_words_of_this_command(images, tmp_path, monkeypatch, capsys):
+    """Packing's own hint is about a flag that this command does not have."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt("go on with --resume")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(pretrain, "run", interrupt)
+    monkeypatch.setattr(pretrain.os, "_exit", leave)
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", str(images), "--run-dir", str(tmp_path / "run")])
+    assert stop.value.code == 130
+    said = capsys.readouterr().err
+    assert "start the same command again to go on" in said and "--resume" not in said
+
+
 @pytest.mark.slow
 def test_all_of_it_stopped_and_gone_on_with(images, tmp_path, capsys):
     """Stop the command while it trains; the same call in this process does the rest."""
