@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_string
 from pathlib import Path
@@ -22,20 +23,32 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy: setuptools leaves its own folders where it builds."""
+    """Build source archive and wheel as ``python -m build`` does, the second from the first.
+
+    From a copy: setuptools leaves its own folders where it builds.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("fastclr", "pipelines", "tools", "benchmarks", "tests"):
+    for name in ("fastclr", "pipelines", "tools", "benchmarks"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    done = subprocess.run(
-        [*command, "-w", folder, source], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+
+    def call(*words: str | Path) -> None:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=source, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    call("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})")
+    (archive,) = folder.glob("fastclr-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    pip = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q")
+    call(*pip, "-w", folder, unpacked)
     (file,) = folder.glob("fastclr-*.whl")
     return file
 
