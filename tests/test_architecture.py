@@ -52,7 +52,9 @@ def test_public_names_resolve():
         "assert callable(fastclr.nt_xent) and callable(fastclr.encoders.create)\n"
         "assert not hasattr(fastclr, 'nothing_of_this_name')"
     )
-    assert {"Trainer", "SimCLR", "NTXent", "LARS", "ShardSet", "make_loader"} <= set(names.split())
+    assert {"Trainer", "SimCLR", "NTXent", "LARS", "ShardSet", "make_loader", "pretrain"} <= set(
+        names.split()
+    )
 
 
 def test_files_are_found():

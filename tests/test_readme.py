@@ -23,7 +23,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The environment that runs this test is installed already: make is told so.
 MAKE = "make -o .venv/.installed"
 STUDY = "python tools/study.py heads --data data/cifar10/train data/cifar10/test"
+PRETRAIN = "fastclr pretrain path/to/images/train"
 SHORTENED = {
+    # Where the environment is older than the command, it has no script of that name.
+    PRETRAIN: f"python -m {PRETRAIN} --minutes 0.1",
     "make demo": f"{MAKE} demo FLAGS='--epochs 4'",
     "make test": f"{MAKE} test FLAGS='-q {ROOT}/tests/test_world.py'",
     "python benchmarks/nt_xent.py": "python benchmarks/nt_xent.py --sizes 64 --dims 16 "
