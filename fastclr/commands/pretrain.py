@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,10 +23,11 @@ from fastclr.commands import run
 from fastclr.config import ConfigError
 from fastclr.facts import free_memory
 from fastclr.files import write_json
-from fastclr.interruption import EXIT_PEER_LOST, EXIT_PREEMPTED
+from fastclr.interruption import EXIT_PEER_LOST, EXIT_PREEMPTED, Interruption, Preempted
 from pipelines.hold_out import Divided, divide, write_table
 
 PLAN = "pretrain.json"
+RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]  # what deepspeed is, on any PATH
 MOST_REJECTED = "0.05"  # damaged images, as a part of all
 
 
@@ -143,7 +145,7 @@ def _plan(divided: Divided, name: str, target: Path, asked: dict[str, Any]) -> d
     side, num_images = divided.shorter_side(), len(divided.train) + len(divided.test)
     choice = choose(len(divided.train), side, Machine(on_cuda, num_ranks, free_memory()))
     cache = target.parent / "shards" / f"{name}-{divided.digest[:12]}"
-    launcher = ["deepspeed", "--num_accelerators", str(num_ranks), "--module"]
+    launcher = ["deepspeed", "--log_level", "warning", "--num_accelerators", str(num_ranks)]
     says = [
         f"{num_images} images of about {side} pixels, {divided.num_classes} classes. {divided.why}"
     ]
@@ -154,7 +156,7 @@ def _plan(divided: Divided, name: str, target: Path, asked: dict[str, Any]) -> d
         )
     return {
         "cache": str(cache),
-        "launcher": launcher if num_ranks > 1 else [],
+        "launcher": [*launcher, "--module"] if num_ranks > 1 else [],
         "commands": _commands(divided, choice, cache, target, asked["minutes"]),
         "says": says,
     }
@@ -210,19 +212,35 @@ def _do(words: list[str], launcher: list[str], target: Path) -> None:
 
 
 def _launch(command: list[str]) -> None:
-    """Train on several ranks; what ends them there ends this here.
+    """Train on several ranks; what ends them there ends this here, and a signal is passed on.
 
     Raises:
         Exception: That of :data:`~fastclr.cli.EXIT_CODES` which the code stands for.
     """
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    code = subprocess.run([*runner, *command[1:]], check=False).returncode
+    with Interruption() as interruption:
+        process = subprocess.Popen([*RUNNER, *command[1:]])
+        while (code := _wait(process)) is None and not interruption.requested:
+            pass
+        if code is None and interruption.requested != signal.SIGINT:  # a terminal's reaches all
+            process.send_signal(interruption.requested or signal.SIGTERM)
+        code = process.wait()
     if code:
         kinds: dict[int, type[BaseException]] = {c: kind for kind, c in EXIT_CODES.items()}
-        raise {**kinds, 130: KeyboardInterrupt}.get(code, RuntimeError)(
+        kind = {**kinds, 130: KeyboardInterrupt}.get(code, RuntimeError)
+        if interruption.requested:  # the launcher has codes of its own then
+            kind = KeyboardInterrupt if interruption.requested == signal.SIGINT else Preempted
+        raise kind(
             f"training ended with code {code}, its own message stands above: start the same "
             "command again to go on"
         )
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    """Return the exit code, or None where there is none for a while."""
+    try:
+        return process.wait(timeout=0.5)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _results(target: Path, commands: list[str]) -> Pretrained:

@@ -8,9 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,23 +80,44 @@ def test_images_without_labels_are_trained_on_and_not_scored(images, done, tmp_p
     assert len([*Path("out/shards").iterdir()]) == 1, "beside the run"
 
 
-def test_several_ranks_train_by_the_launcher(images, tmp_path, monkeypatch):
+LAUNCHED = """
+import signal, sys, time
+print(*sys.argv[1:], flush=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as the launcher does
+open(sys.argv[1], "a").close()
+time.sleep(0 if int(sys.argv[2]) != 143 else 60)
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(0, None), (75, Preempted), (78, ConfigError), (9, RuntimeError), (143, Preempted)],
+)
+def test_several_ranks_train_by_the_launcher(images, tmp_path, monkeypatch, capfd, code, kind):
     monkeypatch.chdir(tmp_path)
-    started, codes = [], iter([0, 75])
-
-    def launch(command, **_):
-        started.append(command)
-        return SimpleNamespace(returncode=next(codes))
-
     monkeypatch.setattr(pretrain, "run", lambda *_: None)
-    monkeypatch.setattr(pretrain.subprocess, "run", launch)
-    result = pretrain.pretrain(str(images), ranks=2)
-    words = "deepspeed --num_accelerators 2 --module fastclr train --ds-config fp32_clipped"
-    assert result.commands[2].startswith(words)
-    assert started[0][:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    assert started[0][3:8] == words.split()[1:6]
-    with pytest.raises(Preempted, match="ended with code 75"):
-        pretrain.pretrain(str(images), ranks=2)
+    runner = [sys.executable, "-c", LAUNCHED, tmp_path / "started", str(code)]
+    monkeypatch.setattr(pretrain, "RUNNER", runner)
+
+    def stop() -> None:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    if code == 143:
+        thread.start()
+    words = (
+        "--log_level warning --num_accelerators 2 --module fastclr train --ds-config fp32_clipped"
+    )
+    if kind:
+        with pytest.raises(kind, match="start the same command again"):
+            pretrain.pretrain(str(images), ranks=2)
+    else:
+        result = pretrain.pretrain(str(images), ranks=2)
+        assert result.commands[2].startswith(f"deepspeed {words}")
+    assert f"{code} {words}" in capfd.readouterr().out
 
 
 def fails(capsys, *words: object) -> str:
