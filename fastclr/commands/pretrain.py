@@ -5,16 +5,17 @@ It stands for the other commands, which it prints and then calls.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import psutil
 import tyro
 
 from fastclr.choices import Choice, Machine, choose
@@ -23,7 +24,7 @@ from fastclr.commands import run
 from fastclr.config import ConfigError
 from fastclr.facts import free_memory
 from fastclr.files import write_json
-from fastclr.interruption import EXIT_PEER_LOST, EXIT_PREEMPTED, Interruption, Preempted
+from fastclr.interruption import EXIT_PEER_LOST, EXIT_PREEMPTED, Interruption
 from pipelines.hold_out import Divided, divide, write_table
 
 PLAN = "pretrain.json"
@@ -217,22 +218,32 @@ def _launch(command: list[str]) -> None:
     Raises:
         Exception: That of :data:`~fastclr.cli.EXIT_CODES` which the code stands for.
     """
+    told: set[int] = set()
     with Interruption() as interruption:
-        process = subprocess.Popen([*RUNNER, *command[1:]])
-        while (code := _wait(process)) is None and not interruption.requested:
-            pass
-        if code is None and interruption.requested != signal.SIGINT:  # a terminal's reaches all
-            process.send_signal(interruption.requested or signal.SIGTERM)
-        code = process.wait()
+        # In a session of its own: a terminal's Ctrl-C would have the launcher end its ranks before
+        # they have saved.
+        process = subprocess.Popen([*RUNNER, *command[1:]], start_new_session=True)
+        while (code := _wait(process)) is None:
+            if number := interruption.requested:
+                told |= _signal_ranks(process.pid, number, told)
     if code:
         kinds: dict[int, type[BaseException]] = {c: kind for kind, c in EXIT_CODES.items()}
-        kind = {**kinds, 130: KeyboardInterrupt}.get(code, RuntimeError)
-        if interruption.requested:  # the launcher has codes of its own then
-            kind = KeyboardInterrupt if interruption.requested == signal.SIGINT else Preempted
-        raise kind(
+        raise {**kinds, 130: KeyboardInterrupt}.get(code, RuntimeError)(
             f"training ended with code {code}, its own message stands above: start the same "
             "command again to go on"
         )
+
+
+def _signal_ranks(launcher: int, number: int, told: set[int]) -> set[int]:
+    """Signal each rank that a launcher has started and that was not told yet; return which."""
+    found: set[int] = set()
+    with contextlib.suppress(psutil.Error):  # one that ends meanwhile
+        for child in psutil.Process(launcher).children(recursive=True):
+            is_rank = any(word.startswith("--local_rank=") for word in child.cmdline())
+            if is_rank and child.pid not in told:
+                child.send_signal(number)
+                found.add(child.pid)
+    return found
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int | None:

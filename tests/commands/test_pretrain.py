@@ -81,12 +81,15 @@ def test_images_without_labels_are_trained_on_and_not_scored(images, done, tmp_p
 
 
 LAUNCHED = """
-import signal, sys, time
+import signal, subprocess, sys, time
 print(*sys.argv[1:], flush=True)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as the launcher does
-open(sys.argv[1], "a").close()
-time.sleep(0 if int(sys.argv[2]) != 143 else 60)
-sys.exit(int(sys.argv[2]))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # it has to be spared
+code = int(sys.argv[2])
+if code == 143:
+    rank = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); "
+    rank += "open(sys.argv[1], 'a').close(); time.sleep(60)"
+    code = subprocess.call([sys.executable, "-c", rank, sys.argv[1], "--local_rank=0"])
+sys.exit(code)
 """
 
 
