@@ -25,6 +25,7 @@ _STEPS: tuple[Step, ...] = (
     enhance.adjust_contrast_with_mean_subtraction,
     enhance.adjust_saturation_with_gray_subtraction,
     lambda x, turns: _hue(x, turns),
+    lambda x, shift: (x + shift[:, None, None, None]).clamp_(0, 1),
 )
 _GRAY = (0.299, 0.587, 0.114)
 
@@ -114,7 +115,7 @@ def _color(x_NCHW: torch.Tensor, params: ViewParams) -> torch.Tensor:
             x_NCHW = _on_rows(
                 x_NCHW,
                 params.jitter_N & (params.order_N4[:, slot] == number),
-                lambda x, i, step=step, number=number: step(x, factors_N4[i, number]),
+                lambda x, i, step=step, column=number % 4: step(x, factors_N4[i, column]),
             )
     weights = torch.tensor(_GRAY, device=x_NCHW.device)[:, None, None]
     return _on_rows(
