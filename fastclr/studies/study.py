@@ -23,6 +23,27 @@ DECIDING = (
 )  # fmt: skip
 
 
+# Columns that several studies have: path in a row's scores by heading.
+ACCURACIES = {"h, linear": "h.linear", "z, linear": "z.linear", "h, kNN": "h.knn"}
+FOUND = {"contrastive accuracy": "log.accuracy"}
+ENTROPY = {"entropy": "log.entropy"}
+RANKS = {"h, rank": "h.rank", "z, rank": "z.rank"}
+# Parts of the paths of scores that are no fractions.
+_PLAIN = {
+    "rank", "weights", "first_weights", "entropy", "loss", "head_gain", "alignment", "uniformity",
+    "silhouette",
+}  # fmt: skip
+
+
+def is_fraction(path: str) -> bool:
+    """Whether a score is a fraction, to be shown in per cent."""
+    return _PLAIN.isdisjoint(path.split("."))
+
+
+# Settings of views that rows may be older than, and what they did before.
+_YOUNGER = {"brightness": "multiplicative", "blur_sigma_images": 1}
+
+
 @dataclass(frozen=True)
 class Alternating:
     """How the head is trained as a part of the objective; see :mod:`.alternating_steps`.
@@ -111,6 +132,10 @@ class Run:
         """
         settings = asdict(self.config)
         deciding = {name: settings[name] for name in DECIDING}
+        for views in (deciding["views"], deciding["views_second"] or {}):
+            for name, value in _YOUNGER.items():
+                if views.get(name) == value:
+                    del views[name]
         what = {"version": VERSION, "work": self.work, "data": dict(data), "config": deciding}
         return json.loads(json.dumps({**what, "variant": asdict(self.variant)}))
 
@@ -156,7 +181,8 @@ class Study:
         question: What is compared, and what differs from the source.
         source: Where the experiment is from.
         arms: The arms at a scale, by name; the first of all are drawn first.
-        columns: Columns of the table: path in a row's scores by heading.
+        columns: Columns of the table: path in a row's scores by heading; one that no arm has a
+            score for is left out.
         claims: The claims about the arms there are.
         published: What the source reports of an arm, as text with its place; may lack arms.
         work: What is done for each run, a key of :data:`.work.WORKS`.
