@@ -95,7 +95,7 @@ def transferred(
     chosen = transfer.TransferSet(
         "target", "top1", *(_labelled(of, images.size, seed) for of in images.target)
     )
-    rows = {"linear": ("linear", None)}
+    rows: dict[str, tuple[str, int | None]] = {"linear": ("linear", None)}
     if scale.transfer_steps:
         row, times = ("finetune", 1) if is_trained else ("random_init", 2)
         rows["tuned"] = (row, times * scale.transfer_steps)

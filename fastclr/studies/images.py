@@ -138,8 +138,8 @@ def open_images(train: str, test: str, scale: Scale) -> StudyImages:
                 f"{found.path} has {len(found)} images and this scale takes {number}: rows of "
                 "fewer images would not be comparable. Pack more, or choose another --scale."
             )
-    train, test = (_decoded(*pair) for pair in zip(sets, wanted, strict=True))
-    return StudyImages(train, test, scale.base.views.size, list(sets[0].class_names))
+    kept = [_decoded(*pair) for pair in zip(sets, wanted, strict=True)]
+    return StudyImages(kept[0], kept[1], scale.base.views.size, list(sets[0].class_names))
 
 
 def with_target(images: StudyImages, target: tuple[str, str] | None, scale: Scale) -> StudyImages:
