@@ -36,6 +36,7 @@ _CLASS_COLORS = [
     *("#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f"),
     *("#d4ae2a", "#b07aa1", "#ff9da7", "#9c755f", "#8a8a94"),
 ]
+FLOOR = 1e-10  # of the largest singular value; what lies below is rounding
 _MAX_LINE_POINTS = 800
 _MOSAIC_CELLS, _CELL_PIXELS = 34, 34
 
@@ -256,13 +257,13 @@ def spaces_chart(
     for axes_3, (model, (maps, class_N, spectra)) in zip(grid, rows.items(), strict=True):
         colors = np.array(class_colors(int(class_N.max()) + 1))
         for axes, (label, at_N2) in zip(axes_3, maps.items(), strict=False):
-            _quiet(axes, None).scatter(*at_N2.T, s=5, c=colors[class_N].tolist(), linewidths=0)
+            _quiet(axes, None).scatter(*at_N2.T, s=8, c=colors[class_N].tolist(), linewidths=0)
             axes.set(xticks=[], yticks=[], title=f"{model}: {label}")
         axes = _quiet(axes_3[2], "y")
         for (label, value_K), color in zip(
             spectra.items(), series_colors(len(spectra)), strict=True
         ):
-            shown_K = value_K[value_K > 0]
+            shown_K = value_K[value_K > FLOOR * value_K[0]]
             axes.plot(np.arange(1, len(shown_K) + 1), shown_K, color=color, label=label)
         axes.set(yscale="log", title="singular values")
         axes.minorticks_off()
