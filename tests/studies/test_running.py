@@ -19,7 +19,7 @@ from fastclr.studies import STUDIES, running
 from fastclr.studies.head_starts import Context, build
 from fastclr.studies.scales import SCALES, TOY, changed
 from fastclr.studies.study import Arm, Run, Variant
-from fastclr.studies.work import WORKS, _source, train
+from fastclr.studies.work import WORKS, _source, _trainer, train
 from pipelines.loader import make_loader
 from tests.studies.conftest import plain_study
 
@@ -183,28 +183,29 @@ def test_runs_of_a_seed_are_paired(name, images):
 def test_a_seed_varies_all_that_it_should(job, change, start):
     """Weights of encoder and head, order, numbers of views, changes; all again with the same."""
     variant = Variant(start=start, changes=((change,), (change,)))
-    seen = []
+    seen, fixed = [], None
     for place, seed in enumerate((0, 0, 1)):
         config = replace(TOY.base, seed=seed)
         of = job(config, variant, f"{change}-{place}")
         model = build(variant, Context(config, of.images, 2), torch.device("cpu"))
-        batch = next(iter(_source(of, config, torch.device("cpu"))))
-        plain = next(iter(_source(job(config), config, torch.device("cpu"))))
-        words = [batch.views_VBCHW[v] != plain.views_VBCHW[v] for v in (0, 1)]
+        source = _source(of, config, torch.device("cpu"))
+        batch = next(iter(_source(job(config), config, torch.device("cpu"))))
+        fixed = fixed or batch  # what is changed, so that the changes alone differ
+        assert _trainer(of, config, {}, model, source).seed == seed
         seen.append(
             {
                 "encoder": model.encoder.network.conv1.weight,
                 "first layer of the head": model.projection_head.fc1.weight,
                 "last layer of the head": model.projection_head.fc2.weight,
                 "order": batch.sample_id_B,
-                "views": plain.views_VBCHW,
-                "changes": torch.stack(words),
+                "views": batch.views_VBCHW,
+                "changes": source._changed(fixed, 0).views_VBCHW,
             }
         )
     for name, value in seen[0].items():
         assert torch.equal(value, seen[1][name]), name
         assert not torch.equal(value, seen[2][name]), name
-    assert seen[0]["changes"].any()
+    assert not torch.equal(seen[0]["changes"], fixed.views_VBCHW)
 
 
 def _first_ids(run, images) -> np.ndarray:
