@@ -40,8 +40,8 @@ def is_fraction(path: str) -> bool:
     return _PLAIN.isdisjoint(path.split("."))
 
 
-# Settings of views that rows may be older than, and what they did before.
-_YOUNGER = {"brightness": "multiplicative", "blur_sigma_images": 1}
+# Settings that rows may be older than, and what was done before: they are not in keys then.
+_YOUNGER = {"brightness": "multiplicative", "blur_sigma_images": 1, "norm_parts": 1}
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Variant:
         changes: For each of the two views, what is done to it besides its policy: keys of
             :data:`.view_changes.CHANGES`.
         alternating: How the head is trained; None for together with the encoder.
+        norm_parts: Parts of a batch that have BatchNorm statistics of their own.
     """
 
     trained: bool = True
@@ -91,6 +92,7 @@ class Variant:
     standardise: bool = False
     changes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     alternating: Alternating | None = None
+    norm_parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,13 @@ class Run:
         """
         settings = asdict(self.config)
         deciding = {name: settings[name] for name in DECIDING}
-        for views in (deciding["views"], deciding["views_second"] or {}):
+        variant = asdict(self.variant)
+        for part in (variant, deciding["views"], deciding["views_second"] or {}):
             for name, value in _YOUNGER.items():
-                if views.get(name) == value:
-                    del views[name]
+                if part.get(name) == value:
+                    del part[name]
         what = {"version": VERSION, "work": self.work, "data": dict(data), "config": deciding}
-        return json.loads(json.dumps({**what, "variant": asdict(self.variant)}))
+        return json.loads(json.dumps({**what, "variant": variant}))
 
     def digest(self, data: Mapping[str, Any]) -> str:
         """Return 16 hexadecimal digits of the sha256 of :meth:`key`."""

@@ -65,6 +65,7 @@ def test_studies_share_runs_under_their_own_names(study, instant):
         lambda run: replace(run, config=replace(run.config, seed=1)),
         lambda run: replace(run, config=replace(run.config, epochs=2)),
         lambda run: replace(run, variant=Variant(frozen=("fc1",))),
+        lambda run: replace(run, variant=Variant(norm_parts=4)),
         lambda run: replace(run, work="changes"),
     ],
 )
@@ -86,6 +87,7 @@ def test_what_does_not_change_a_result_does_not_change_the_digest(images):
 )
 def test_rows_older_than_a_setting_are_found(images, name, value):
     key = Run("a", TOY.base, Variant(), "train").key(images.facts)
+    assert "norm_parts" not in key["variant"]
     assert name not in key["config"]["views"]
     other = changed(TOY.base, "views", **{name: value})
     for config in (other, replace(TOY.base, views_second=other.views)):

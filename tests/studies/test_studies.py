@@ -31,6 +31,7 @@ GRIDS = {
     "blur_flip": ("blur alone",),
     "batch_epochs": ("small batch, sqrt, a third of the epochs",),
     "optimizer": ("LARS, small batch", "SGD, small batch"),
+    "batch_statistics": ("quarters",),
     "encoder_size": ("supervised, resnet14, full width", "SimCLR, resnet8, double width"),
     "color_histogram": None,
     "semi_supervised": None,
