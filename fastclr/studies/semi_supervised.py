@@ -29,7 +29,7 @@ def claims(arms: Sequence[str]) -> list[Claim]:
             for share in (1, 10)
         ),
         Claim(
-            "their lead is larger with 1 % than with 10 %",
+            "the lead of SimCLR's weights is larger with 1 % than with 10 %",
             (UNTRAINED,),
             (SIMCLR,),
             score="tuned.lost",

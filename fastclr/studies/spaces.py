@@ -20,16 +20,16 @@ from fastclr.world import World
 
 JSON = dict[str, Any]
 
-PROTOCOL = (
-    "Silhouette of the test images, cosine distance; alignment and uniformity of two views each by "
-    "the policy."
-)
-MAP_PROTOCOL = (
-    "t-SNE as in the report: standardised features, PCA to 50 dimensions, scikit-learn; in the "
-    "plane: the share of points whose nearest other point is of their class."
-)
 NUM_IMAGES = 1000  # test images of the numbers, and pairs of views
 NUM_POINTS = 500  # of a map
+PROTOCOL = (
+    f"Silhouette (cosine distance), alignment and uniformity (two views by the policy) of the first "
+    f"{NUM_IMAGES} test images."
+)
+MAP_PROTOCOL = (
+    f"t-SNE of the first {NUM_POINTS}: standardised features, PCA to 50 dimensions, scikit-learn; in "
+    "the plane: the share of points whose nearest other point is of their class."
+)
 _MOST_VALUES = 256  # of a spectrum that are kept
 _PLACES = 1000  # of a map's coordinates
 
