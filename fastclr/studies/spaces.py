@@ -23,12 +23,12 @@ JSON = dict[str, Any]
 NUM_IMAGES = 1000  # test images of the numbers, and pairs of views
 NUM_POINTS = 500  # of a map
 PROTOCOL = (
-    f"Silhouette (cosine distance), alignment and uniformity (two views by the policy) of the first "
-    f"{NUM_IMAGES} test images."
+    "Silhouette (cosine distance), alignment and uniformity (two views by the policy): of the "
+    f"first {NUM_IMAGES} test images."
 )
 MAP_PROTOCOL = (
-    f"t-SNE of the first {NUM_POINTS}: standardised features, PCA to 50 dimensions, scikit-learn; in "
-    "the plane: the share of points whose nearest other point is of their class."
+    f"t-SNE of the first {NUM_POINTS}: standardised features, PCA to 50 dimensions, scikit-learn; "
+    "in the plane: the share of points whose nearest other point is of their class."
 )
 _MOST_VALUES = 256  # of a spectrum that are kept
 _PLACES = 1000  # of a map's coordinates
