@@ -56,6 +56,11 @@ def read(path: str | Path) -> JSON:
     Raises:
         ConfigError: If it is missing, no JSON object, or names one key twice.
     """
+    if not str(path):
+        raise ConfigError(
+            "--ds-config is missing: it says batch, precision and ZeRO stage. Give a DeepSpeed "
+            f"JSON, or the name of one that comes with fastclr: {', '.join(bundled())}."
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> JSON:
         keys = [key for key, _ in pairs]

@@ -86,6 +86,8 @@ def test_those_that_come_with_fastclr_have_names(tmp_path, monkeypatch):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match=r"none.json cannot be read \(No such file.*--ds-config"):
         read(tmp_path / "none.json")
+    with pytest.raises(ConfigError, match=r"--ds-config is missing.*fp32, fp32_clipped"):
+        read("")
     with pytest.raises(ConfigError, match="cannot be read"):
         read(tmp_path)
 

@@ -82,14 +82,21 @@ def make_shards(
             print(f"task {task}: {packing.run_task(*_task(task))} images are packed; --merge ends")
             return
         summary = packing.merge() if merge else packing.run(resume=resume)
-    print(
-        f"{out}: {summary.num_samples} images, {summary.num_classes} classes, "
-        f"{summary.num_shards} shards"
+    packed = (
+        _counted(summary.num_samples, "image"),
+        _counted(summary.num_classes, "class", "es"),
+        _counted(summary.num_shards, "shard"),
     )
+    print(f"{out}: {', '.join(packed)}")
     if summary.num_duplicates:
-        print(f"left out: {summary.num_duplicates} exact duplicates")
+        print(f"left out: {_counted(summary.num_duplicates, 'exact duplicate')}")
     if summary.num_rejected:
-        print(f"left out: {summary.num_rejected} damaged images, see {out / REJECTED}")
+        print(f"left out: {_counted(summary.num_rejected, 'damaged image')}, see {out / REJECTED}")
+
+
+def _counted(number: int, what: str, plural: str = "s") -> str:
+    """Return a number of things in words."""
+    return f"{number} {what}{plural * (number != 1)}"
 
 
 def _transform(
