@@ -19,11 +19,13 @@ import tyro
 from fastclr.cli import guard
 from fastclr.config import Config
 from fastclr.interruption import EXIT_PEER_LOST, EXIT_PREEMPTED, Interruption
+from fastclr.launchers import watch
 from fastclr.recipes import RECIPES
 
 
 def main() -> int:
     """Parse the flags, run, return the exit code."""
+    watch()
     parser = argparse.ArgumentParser(add_help=False, fromfile_prefix_chars="@")
     # A file of flags, "@tuned.flags", as benchmarks/throughput.py writes it; those after it win.
     parser.convert_arg_line_to_args = lambda arg_line: shlex.split(arg_line, comments=True)

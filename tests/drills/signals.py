@@ -102,7 +102,7 @@ def in_a_save(folder: Path) -> str:
     run_dir = folder / "save"
     with mock.patch.object(checkpointing, "sync", lambda _: time.sleep(0.3)):
         run = Ranks(folder, 1, partial(train, folder, run_dir, epochs=EVER))
-    run.wait_for(run_dir / "checkpoints/.step-0000002.partial/model.safetensors")
+    run.wait_for(run_dir / "checkpoints/.step-0000002.1.partial/model.safetensors")
     run.signal(signal.SIGTERM)
     _ended(run)
     assert run.codes == [75] and _last_step(run_dir) == 2, (run.codes, run.said())
