@@ -11,6 +11,7 @@ are those of its list, plain ones, and not written by others than this user.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -39,7 +40,7 @@ from fastclr.optim import LARS
 
 logger = logging.getLogger(__name__)
 
-FACTS = "fastclr.json"
+FACTS, SEAL = "fastclr.json", "sha256_of_the_rest"
 LAYERS = "lars.safetensors"
 PROBE = "probe.safetensors"
 WEIGHTS = "model.safetensors"
@@ -140,7 +141,8 @@ def _commit(partial: Path, final: Path, facts: Mapping[str, Any], fence: Fence) 
     stamp = {"versions": versions(), "sha256": hashes, "config_sha256": None}
     if settings.is_file():
         stamp["config_sha256"] = sha256_of(settings)
-    write_json(partial / FACTS, {**facts, **owner, **stamp})
+    whole = {**facts, **owner, **stamp}
+    write_json(partial / FACTS, {**whole, SEAL: _seal(whole)})
     sync(partial)
     fence.check()
     shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
@@ -296,7 +298,7 @@ def _damage(checkpoint: Path, run: str | None = None) -> str | None:
     try:
         # Before anything is opened: a pipe would never end.
         files = {p.relative_to(checkpoint).as_posix() for p in plain_files(checkpoint)} - {FACTS}
-        facts = read_facts(checkpoint)
+        facts = _sealed_facts(checkpoint / FACTS)
         hashes, name = facts["sha256"], checkpoint.name
         said = f"step {facts['step']} of run {facts.get('run', 'unknown')}"
         if name.startswith("step-") and name != f"step-{facts['step']:07d}":
@@ -317,6 +319,22 @@ def _damage(checkpoint: Path, run: str | None = None) -> str | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"{checkpoint} cannot be read ({type(error).__name__}: {error})"
     return None
+
+
+def _sealed_facts(file: Path) -> dict[str, Any]:
+    """Read a fastclr.json as it was written, to the byte; older ones have no seal."""
+    text = file.read_text(encoding="utf-8")
+    facts = json.loads(text)
+    rest = {key: value for key, value in facts.items() if key != SEAL}
+    is_whole = facts.get(SEAL) == _seal(rest) and text == json.dumps(facts, indent=1)
+    if not is_whole and (SEAL in facts or "run" in facts):
+        raise ValueError(f"{file.name} is not as it was written")
+    return facts
+
+
+def _seal(facts: Mapping[str, Any]) -> str:
+    """Return the sha256 of facts."""
+    return hashlib.sha256(json.dumps(facts, indent=1).encode()).hexdigest()
 
 
 def _named(folder: Path, pointer: str) -> str | None:

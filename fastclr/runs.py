@@ -347,7 +347,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{file} cannot be read ({error}): {file.parent} is no folder of a finished run. Name "
             "the --run-dir of a training run."

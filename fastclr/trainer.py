@@ -261,16 +261,27 @@ class Trainer:
         self.clock.pause()
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
-        """Return the next batch, or None on every rank if one of them got a signal."""
-        batch = None
+        """Return the next batch, or None on every rank if one of them got a signal.
+
+        Raises:
+            Exception: On every rank, what one of them could not read its batch for.
+        """
+        batch, error = None, None
         try:
             with self._watchdog.phase("data", self.step), self.interruption.breaks_waits():
                 batch = next(batches)
         except WaitInterrupted:
             pass
+        except Exception as caught:  # the others learn of it here, and not by waiting
+            error = caught
         with self._watchdog.phase("waiting for the other ranks", self.step):
-            stops = collectives.any_rank(self.interruption.requested is not None)
-        return None if stops else batch
+            stops = self.interruption.requested is not None
+            if not collectives.any_rank(stops or error is not None):
+                return batch
+            with collectives.together():
+                if error is not None:
+                    raise error
+        return None
 
     def _leave(self, position: dict[str, Any]) -> NoReturn:
         """Save and stop, because of a signal to one of the ranks."""
