@@ -182,7 +182,7 @@ def _failures_kept(engine: Any) -> Iterator[list[Exception]]:
         try:
             save_one(*args, **options)
         except (OSError, RuntimeError) as error:  # torch's own writer raises the second
-            failures.append(OSError(f"{options.get('path', args[-1])}: {error}"))
+            failures.append(OSError(f"{options.get('path') or args[-1]}: {error}"))
 
     writer.save = keep
     try:

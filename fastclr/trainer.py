@@ -248,6 +248,7 @@ class Trainer:
                 row = window.close(loss, statistics)
                 self._ledger.write()
                 if log:
+                    self._fence.check()  # the file is the last start's
                     log.write(row, self.total_steps)
             is_best = False
             if self.step % self.faults.compare_every == 0:
@@ -335,6 +336,7 @@ class Trainer:
         is_best = scores["knn_top1"] > self.best_score
         self.best_score = max(self.best_score, scores["knn_top1"])
         if self._scores:
+            self._fence.check()
             seconds = self.clock.apart_seconds["evaluation"]
             place = {"step": self.step, "images": self.images, "epoch": epoch}
             self._scores.write({**place, **scores, "evaluation_seconds": seconds})
