@@ -273,6 +273,8 @@ class Trainer:
                 batch = next(batches)
         except WaitInterrupted:
             pass
+        except StopIteration:
+            error = RuntimeError(f"the loader ended after step {self.step}: it has to be endless")
         except Exception as caught:  # the others learn of it here, and not by waiting
             error = caught
         with self._watchdog.phase("waiting for the other ranks", self.step):

@@ -138,7 +138,9 @@ def too_much_damage(cells: Cells) -> None:
 
     for policy, most in ("replace", 4), ("raise", 0):
         with cells.cell(policy):
-            data = DataConfig(str(cells.folder / "train"), on_damage=policy, most_damaged=most)
+            data = DataConfig(
+                train=str(cells.folder / "train"), on_damage=policy, most_damaged=most
+            )
             run_dir = cells.folder / policy
             with (
                 mock.patch.object(GoodSamples, "_image", damaged),

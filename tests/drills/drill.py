@@ -55,7 +55,7 @@ class Cells:
             self.num_cells -= 1
             raise
         except Exception as error:
-            self.failures.append(f"{name}: {type(error).__name__}: {str(error)[:1500]}")
+            self.failures.append(f"{name}: {type(error).__name__}: {str(error)[-1200:]}")
         finally:
             self.slowest = max(self.slowest, time.monotonic() - started)
 

@@ -225,7 +225,7 @@ def a_broken_loader(cells: Cells) -> None:
         "exit 0": (lambda: os._exit(0), 76, "another rank is gone"),
         "a segmentation fault": (lambda: os.kill(os.getpid(), signal.SIGSEGV), 76, "is gone"),
         "a kill": (lambda: os.kill(os.getpid(), signal.SIGKILL), 76, "is gone"),
-        "an early end": ("end", 1, "StopIteration"),
+        "an early end": ("end", 1, "the loader ended"),
     }
     for name, (end, code, said) in ends.items():
         with cells.cell(name):

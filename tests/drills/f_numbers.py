@@ -173,7 +173,7 @@ def a_turned_bit(cells: Cells) -> None:
 
 
 def _turn(trainer: Trainer, name: str) -> None:
-    """Turn the lowest bit of a number."""
+    """Turn a bit of a number."""
     module = trainer.engine.module
     first = next(iter(module.named_parameters()))[1]
     if name == "momentum":
@@ -183,7 +183,7 @@ def _turn(trainer: Trainer, name: str) -> None:
     else:
         tensor = first.data
     place = (0,) * tensor.ndim
-    bits = tensor[place].clone().view(torch.int32) ^ 1
+    bits = tensor[place].clone().view(torch.int32) ^ (1 << 10)
     with torch.no_grad():
         tensor[place] = bits.view(torch.float32)
 

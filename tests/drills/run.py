@@ -57,7 +57,8 @@ class Result:
         name: A1, ...
         seed: Of all that was drawn.
         num_cells: Cells tried.
-        failures: What went wrong, a line each.
+        num_failed: Cells that did not pass.
+        failures: What went wrong, a line each, of the first ones.
         seconds: All in all.
         slowest: Longest cell.
         seen: What was seen.
@@ -67,6 +68,7 @@ class Result:
     name: str
     seed: int
     num_cells: int
+    num_failed: int
     failures: list[str]
     seconds: float
     slowest: float
@@ -78,7 +80,7 @@ class Result:
         """One line for people."""
         if self.skipped:
             return f"{self.name:4} skipped: {self.skipped}"
-        passed = max(0, self.num_cells - len(self.failures))
+        passed = max(0, self.num_cells - self.num_failed)
         verdict = "FAILED, " if self.failures else ""
         text = f"{self.name:4} {verdict}seed {self.seed}: {passed} of {self.num_cells} cells, "
         text += f"{self.seconds:.1f} s (slowest {self.slowest:.1f} s): {DRILLS[self.name].what}"
@@ -109,8 +111,10 @@ def run(name: str, base: Path, seed: int, is_long: bool) -> Result:
     except ValueError:
         log = (folder / "drill.txt").read_text(errors="replace")[-1500:]
         why = "it ended without a word" if ended else f"it took more than {limit:.0f} s"
-        found = {"num_cells": 0, "failures": [f"{why}: {log}"], "slowest": seconds, "seen": ""}
+        found = {"num_cells": 1, "num_failed": 1, "failures": [f"{why}: {log}"]}
+        found |= {"slowest": seconds, "seen": ""}
     if left and not found.get("skipped"):
+        found["num_failed"] += 1
         found["failures"].append(f"it left processes: {'; '.join(left)[:500]}")
     return Result(name, seed, seconds=seconds, **found)
 
@@ -130,10 +134,11 @@ def _be(drill: Drill, cells: Cells, writing: int, log: Path) -> None:
         cells.num_cells = max(1, cells.num_cells)
         cells.failures.append(f"the drill itself: {type(error).__name__}: {error}")
     found = {
-        "num_cells": cells.num_cells, "failures": cells.failures, "slowest": cells.slowest,
+        "num_cells": cells.num_cells, "num_failed": len(cells.failures),
+        "failures": cells.failures[:20], "slowest": cells.slowest,
         "seen": "; ".join(cells.notes), "skipped": skipped,
     }  # fmt: skip
-    os.write(writing, json.dumps(found).encode()[:60_000])
+    os.write(writing, json.dumps(found).encode())
     sys.stdout.flush()
     os._exit(0)
 
@@ -182,7 +187,7 @@ def progress(count: int) -> Iterator[Progress]:
 
 def write_results(folder: Path, results: list[Result], tier: str, seconds: float) -> None:
     """Write the table and its rows."""
-    sizes = {r.name: {"cells": r.num_cells, "passed": r.num_cells - len(r.failures),
+    sizes = {r.name: {"cells": r.num_cells, "passed": r.num_cells - r.num_failed,
                       "seed": r.seed, "tier": tier} for r in results}  # fmt: skip
     done = [r for r in results if not r.skipped]
     rows = [measurement("drill", r.name, [r.seconds], sizes=sizes[r.name]) for r in done]
@@ -205,7 +210,7 @@ def write_results(folder: Path, results: list[Result], tier: str, seconds: float
         "|---|---|---:|---:|---:|---:|---|",
     ]
     for r in results:
-        passed = f"{max(0, r.num_cells - len(r.failures))} of {r.num_cells}"
+        passed = f"{max(0, r.num_cells - r.num_failed)} of {r.num_cells}"
         seen = r.skipped and f"not run: {r.skipped}"
         seen = seen or "; ".join([*(f.splitlines()[0][:200] for f in r.failures), r.seen])
         lines.append(
