@@ -209,6 +209,13 @@ def from_any_step(cells: Cells) -> None:
             assert outcome(run_dir) == expected
 
 
+def other_ranks(cells: Cells) -> None:
+    """A12: gone on by other ranks and ZeRO stages, from whole layers."""
+    cells.tests(
+        "tests/end_to_end/test_resume.py::test_other_ranks_and_stages_go_on_from_whole_layers"
+    )
+
+
 def _trained(cells: Cells) -> tuple[Path, dict]:
     """Return a run whose last step is not saved, and how it ends."""
     folder, good = cells.folder, cells.folder / "good"
@@ -251,4 +258,7 @@ DRILLS = {
         900,
     ),
     "A11": Drill("gone on from any step of an epoch: the same end", from_any_step, 90),
+    "A12": Drill(
+        "gone on by other ranks and ZeRO stages: rounding apart, the same", other_ranks, 240
+    ),
 }

@@ -32,6 +32,7 @@ import c_damage
 import d_storage
 import e_ranks
 import f_numbers
+import g_resources
 import h_security
 import psutil
 from drill import ROOT, Cells, Drill, Skipped
@@ -44,7 +45,9 @@ from fastclr.facts import hardware, now, versions
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from harness import measurement, write_rows
 
-GROUPS = (a_checkpoints, a_saves, b_data, c_damage, d_storage, e_ranks, f_numbers, h_security)
+GROUPS = (
+    a_checkpoints, a_saves, b_data, c_damage, d_storage, e_ranks, f_numbers, g_resources, h_security,
+)  # fmt: skip
 DRILLS: dict[str, Drill] = {name: drill for group in GROUPS for name, drill in group.DRILLS.items()}
 _SUBREAPER = 36  # prctl: orphans become children of this process, not of init
 
