@@ -46,7 +46,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from harness import measurement, write_rows
 
 GROUPS = (
-    a_checkpoints, a_saves, b_data, c_damage, d_storage, e_ranks, f_numbers, g_resources, h_security,
+    a_checkpoints, a_saves, b_data, c_damage, d_storage, e_ranks, f_numbers, g_resources,
+    h_security,
 )  # fmt: skip
 DRILLS: dict[str, Drill] = {name: drill for group in GROUPS for name, drill in group.DRILLS.items()}
 _SUBREAPER = 36  # prctl: orphans become children of this process, not of init
