@@ -1,11 +1,12 @@
 """What the trainer costs beside its mathematics, and how it does against lightly on Lightning.
 
-python benchmarks/trainer.py [--blocks 8] [--steps 30] [--rounds 2]
+python benchmarks/trainer.py [--blocks 12] [--steps 30] [--rounds 2]
 
 First the trainer, on DeepSpeed, against a bare loop of forward, loss, backward and optimizer on an
-equal model and the same batches: blocks of ten steps in turn, in one process. Then images per
-second from files to weights: our shards, loader and trainer, and lightly's transform, loss and
-Lightning loop with torch's DataLoader, on the same images, encoder, batch and cores, in turn.
+equal model and the same batches, step by step in turn in one process; blocks of ten such steps are
+compared. Then images per second from files to weights: our shards, loader and trainer, and
+lightly's transform, loss and Lightning loop with torch's DataLoader, on the same images, encoder,
+batch and cores, in turn.
 """
 
 from __future__ import annotations
@@ -50,19 +51,18 @@ class BareLoop:
         self.loss = losses.from_config(config.loss)
         self.optimizer = LARS.for_module(self.model, learning_rate=0.1)
 
-    def run(self, batches: list[Batch]) -> float:
-        """Take a step on each; return the seconds."""
+    def step(self, batch: Batch) -> float:
+        """Take a step; return the seconds."""
         before = time.perf_counter()
-        for batch in batches:
-            loss = self.loss(*self.model(batch.views_VBCHW).z_ND.chunk(2))
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        loss = self.loss(*self.model(batch.views_VBCHW).z_ND.chunk(2))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return time.perf_counter() - before
 
 
 class Alternating:
-    """A loader whose batches are there already, and that runs the bare loop between blocks."""
+    """A loader whose batch is there already, and that takes the bare loop's step before each."""
 
     def __init__(self, config: Config, blocks: int) -> None:
         batch_size, size = config.global_batch_size or 0, config.views.size
@@ -70,7 +70,7 @@ class Alternating:
         views = torch.randint(0, 256, (2, batch_size, size, size, 3), generator=generator)
         views_VBCHW = views.to(torch.uint8).permute(0, 1, 4, 2, 3)
         ids = torch.arange(batch_size)
-        self._batches = [Batch(views_VBCHW, ids, ids)] * BLOCK
+        self._batch = Batch(views_VBCHW, ids, ids)
         self._bare = BareLoop(config)
         self.micro_batch_size, self.num_views = batch_size, 2
         self.num_damaged, self.wait_seconds = 0, 0.0
@@ -79,10 +79,13 @@ class Alternating:
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            bare = self._bare.run(self._batches)
-            before = time.perf_counter()
-            yield from self._batches
-            self.seconds.append((time.perf_counter() - before, bare))
+            ours = bare = 0.0
+            for _ in range(BLOCK):
+                bare += self._bare.step(self._batch)
+                before = time.perf_counter()
+                yield self._batch
+                ours += time.perf_counter() - before
+            self.seconds.append((ours, bare))
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to remember."""
@@ -95,7 +98,7 @@ class Alternating:
 def overhead(config: Config, blocks: int, folder: Path) -> list[tuple[float, float]]:
     """Return seconds of trainer and bare loop, a pair for each block; the first is a warm-up."""
     source = Alternating(config, blocks)
-    # One step more, so that the last block's end is seen; an epoch is exactly the blocks.
+    # A step more, so that the last one's end is seen; an epoch is exactly the blocks.
     epochs = (source.batches_per_epoch + 1) / source.batches_per_epoch
     ours.trainer_of(config, folder / "overhead").fit(source, epochs=epochs)
     return source.seconds[1:]
@@ -175,7 +178,7 @@ def page(blocks: list[tuple[float, float]], rows: list[dict[str, Any]], config: 
 
 
 def main(
-    blocks: int = 8,
+    blocks: int = 12,
     steps: int = 30,
     rounds: int = 2,
     batch: int = 256,

@@ -25,7 +25,8 @@ STAGES = (
     *DATA, observing.TO_DEVICE, observing.INPUT, observing.ENCODER, observing.HEAD,
     observing.MODEL, observing.LOSS, observing.LOSS_BACK, observing.HEAD_BACK,
     observing.ENCODER_BACK, observing.MODEL_BACK, observing.FINITE, observing.OPTIMIZER,
-    observing.ENGINE, observing.TRAINER, observing.SIGNALS, observing.LOGGING,
+    observing.ENGINE, observing.TRAINER, observing.SIGNALS, observing.LEDGER,
+    observing.LOGGING,
 )  # fmt: skip
 
 

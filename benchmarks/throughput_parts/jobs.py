@@ -59,6 +59,8 @@ class Processes:
 
     def __init__(self, ranks: int, on_cuda: bool) -> None:
         self._ranks, self._on_cuda = ranks, on_cuda
+        # What a killed job leaves behind is tidied up in the end, which need not be told of.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
         self._context: Any = multiprocessing.get_context("spawn" if on_cuda else "forkserver")
         if not on_cuda:
             self._context.set_forkserver_preload(PRELOAD)

@@ -14,6 +14,7 @@ import torch
 
 from fastclr import checkpointing, collectives, runs
 from fastclr.ds_config import JSON
+from fastclr.ledger import Ledger
 from fastclr.runs import Prepared
 from throughput_parts import data_work, limits, observing
 from throughput_parts.jobs import Job
@@ -138,30 +139,34 @@ def _of_rank_0(number: int, run: Prepared) -> int:
 
 
 def _timed_save(found: dict[str, float], save: Callable[..., None], *args: Any) -> None:
-    """Save, and note what hashes, fsyncs and the manifest take of it."""
-    parts = {"sha256_of": "hashes", "sync": "fsync", "write_json": "manifest and pointer"}
-    plain = {name: getattr(checkpointing, name) for name in parts}
+    """Save, and note what the ledger, hashes, fsyncs and the manifest take of it."""
+    parts: dict[tuple[Any, str], str] = {
+        (Ledger, "commit"): "ledger",
+        (checkpointing, "sha256_of"): "hashes",
+        (checkpointing, "sync"): "fsync",
+        (checkpointing, "write_json"): "manifest and pointer",
+    }
+    plain = {place: getattr(*place) for place in parts}
 
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             before = time.perf_counter()
             try:
                 return function(*args)
             finally:
-                part = parts[name]
                 found[part] = found.get(part, 0.0) + time.perf_counter() - before
 
         return call
 
-    for name, function in plain.items():
-        setattr(checkpointing, name, timed(name, function))
+    for place, function in plain.items():
+        setattr(*place, timed(parts[place], function))
     before = time.perf_counter()
     try:
         save(*args)
     finally:
         found["all"] = time.perf_counter() - before
-        for name, function in plain.items():
-            setattr(checkpointing, name, function)
+        for place, function in plain.items():
+            setattr(*place, function)
 
 
 def _link(run: Prepared, found: dict[str, Any]) -> dict[str, float]:

@@ -24,7 +24,7 @@ ENCODER, HEAD, LOSS = "encoder forward", "head forward", "loss forward"
 LOSS_BACK, HEAD_BACK, ENCODER_BACK = "loss backward", "head backward", "encoder backward"
 MODEL, MODEL_BACK = "encoder and head forward", "encoder and head backward"  # compiled
 ENGINE, OPTIMIZER, FINITE = "DeepSpeed", "optimizer", "finite check"
-TRAINER, SIGNALS, LOGGING = "trainer", "signals", "logging"
+TRAINER, SIGNALS, LOGGING, LEDGER = "trainer", "signals", "logging", "ledger"
 COMMUNICATION = "communication: "
 # What a collective is for, by the stage that calls it.
 PURPOSES = {
@@ -81,12 +81,18 @@ def observe(trainer: Trainer, marks: Marks, plan: Plan, save: Callable[..., None
         save: Called in the place of the trainer's saving, with the trainer's and its arguments.
     """
     start_engine, next_batch = trainer._start_engine, trainer._next
-    step_or_skip, save_really = trainer._step_or_skip, trainer._save
+    step_or_skip, save_really, loop = trainer._step_or_skip, trainer._save, trainer._loop
     finite = trainer._finite
 
     def start(loader: Any) -> None:
         start_engine(loader)
         _watch_engine(trainer, marks)
+
+    def loop_marked(*args: Any) -> None:
+        ledger = trainer._ledger
+        ledger.add = marks.within(LEDGER, ledger.add)
+        ledger.write = marks.within(LEDGER, ledger.write)
+        loop(*args)
 
     def next_(batches: Iterator[Batch]) -> Batch | None:
         kind, is_on = next(plan, ("last", False))
@@ -102,7 +108,8 @@ def observe(trainer: Trainer, marks: Marks, plan: Plan, save: Callable[..., None
             marks.switch(LOGGING)  # until the next batch is asked for
         return loss
 
-    trainer._start_engine, trainer._next, trainer._step_or_skip = start, next_, step
+    trainer._start_engine, trainer._loop = start, loop_marked
+    trainer._next, trainer._step_or_skip = next_, step
     trainer._save = lambda *args: save(save_really, *args)
     trainer.train_step = marks.within(TO_DEVICE, trainer.train_step)
     finite.watch = marks.within(FINITE, finite.watch)

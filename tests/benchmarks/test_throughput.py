@@ -455,10 +455,12 @@ def test_processes_account_for_a_real_run_and_survive_what_fails(
         "head backward",
         "encoder backward",
         "optimizer",
+        "ledger",
         "logging",
     } <= names
     assert 0.95 <= account.accounted <= 1.01
     assert 0 < raw["save"]["hashes"] < raw["save"]["all"]
+    assert 0 < raw["save"]["ledger"] < raw["save"]["all"]
     found = run(100)
     assert len(found["seconds"]) >= 2 and found["images"] == 16
     assert run(100, config=replace(config, global_batch_size=4096))["problem"].startswith("refused")
