@@ -6,7 +6,6 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -31,13 +30,20 @@ class Crash(BaseException):
     """Stands for a kill: nothing that Python would do afterwards is done."""
 
 
+class SmallWriter:
+    """What DeepSpeed writes a file with."""
+
+    def save(self, state: Any, path: str) -> None:
+        torch.save(state, path)
+
+
 class SmallEngine:
     """What saving needs of DeepSpeed's engine: a module, and a file of its own."""
 
     def __init__(self) -> None:
         self.module = torch.nn.Linear(3, 2)
         self.optimizer = object()
-        self.checkpoint_engine = SimpleNamespace(save=torch.save)
+        self.checkpoint_engine = SmallWriter()
 
     def zero_optimization_partition_weights(self) -> bool:
         return False
