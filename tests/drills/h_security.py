@@ -118,7 +118,7 @@ def hostile_checkpoints(cells: Cells) -> None:
         with cells.cell(name):
             file = cells.folder / ("w.safetensors" if "safetensors" in name else "w.pth")
             file.write_bytes(data)
-            bounded(partial(_load_weights, file), ConfigError, seconds=2, mib=200)
+            bounded(partial(_load_weights, file), ConfigError, seconds=4, mib=200)
             assert not canary.exists()
 
 
@@ -182,7 +182,7 @@ def hostile_shards(cells: Cells) -> None:
 
     evil, bomb = pickle.dumps(Payload(canary)), info("big.jpg", 8 << 30).tobuf(tarfile.GNU_FORMAT)
     nested = tar()
-    pax = info("p", 2**40, type=tarfile.XHDTYPE).tobuf(tarfile.USTAR_FORMAT)
+    pax = info("p", 2**40, type=tarfile.XHDTYPE).tobuf(tarfile.GNU_FORMAT)
     hostile = {
         "pickled members": tar(
             *((info(f"a.{e}", len(evil)), evil) for e in ("pyd", "pkl", "pth", "npy"))
