@@ -101,12 +101,11 @@ def save(
                 for old in folder.glob(".step-*.partial"):  # of starts that were killed
                     shutil.rmtree(old, ignore_errors=True)
                 partial.mkdir(parents=True, mode=0o755)
-        with together(), _disk_named(folder):
-            _save_weights(engine, partial / WEIGHTS, facts["step"])
-        with together(), _disk_named(folder), _failures_kept(engine) as failures:
+        failures = _save_weights(engine, partial / WEIGHTS, facts["step"])
+        _raise_first(failures, folder)
+        with _failures_kept(engine) as failures:
             engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-            if failures:
-                raise failures[0]
+        _raise_first(failures, folder)
         layers = lars.layer_state() if lars else {}
         with together(), _disk_named(folder):
             if dist.get_rank() == 0:
@@ -170,6 +169,16 @@ def _disk_named(folder: Path) -> Iterator[None]:
             f"a checkpoint in {folder} cannot be written: {error} (free on its disk: {free}). The "
             "last one stands: make room or mend the disk, and start the same command again."
         ) from error
+
+
+def _raise_first(failures: list[Exception], folder: Path) -> None:
+    """Raise, on every rank, what one of them could not write for.
+
+    Raised only here, after the collectives in between: one that a rank leaves alone hangs.
+    """
+    with together(), _disk_named(folder):
+        if failures:
+            raise failures[0]
 
 
 @contextmanager
@@ -413,11 +422,11 @@ def _load_weights(engine: DeepSpeedEngine, file: Path) -> None:
         module.load_state_dict(state)
 
 
-def _save_weights(engine: DeepSpeedEngine, file: Path, step: int) -> None:
+def _save_weights(engine: DeepSpeedEngine, file: Path, step: int) -> list[Exception]:
     """Write the module's whole state on rank 0; gathers it under ZeRO stage 3.
 
-    Raises:
-        FloatingPointError: On rank 0, if a tensor is not finite; then nothing is written.
+    Returns:
+        On rank 0, why it could not be written, or that a tensor is not finite; else nothing.
     """
     sharded = engine.zero_optimization_partition_weights()
     module = cast(nn.Module, engine.module)
@@ -427,8 +436,13 @@ def _save_weights(engine: DeepSpeedEngine, file: Path, step: int) -> None:
             state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
             for name, tensor in state.items():
                 if not tensor.isfinite().all():
-                    raise FloatingPointError(
+                    what = (
                         f"{name} is not finite after step {step}: such weights are not saved, the "
                         "last checkpoint stands. Lower the learning rate, or raise the temperature."
                     )
-            save_file(state, file)
+                    return [FloatingPointError(what)]
+            try:
+                save_file(state, file)
+            except (OSError, SafetensorError) as error:
+                return [error]
+    return []

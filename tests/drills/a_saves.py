@@ -115,10 +115,10 @@ def a_slow_rank(cells: Cells) -> None:
     assert whole.wait() and not any(whole.codes), whole.said()
     save = TorchCheckpointEngine.save
 
-    def slow(self: Any, state: Any, path: str, *more: Any) -> None:
-        if os.environ["RANK"] == "1" and NEW in path:
+    def slow(self: Any, *args: Any, **options: Any) -> None:
+        if os.environ["RANK"] == "1" and NEW in str(args) + str(options.get("path")):
             time.sleep(10)
-        save(self, state, path, *more)
+        save(self, *args, **options)
 
     with mock.patch.object(TorchCheckpointEngine, "save", slow):
         run = Ranks(folder, 2, partial(train, folder, run_dir, 1))
@@ -150,8 +150,9 @@ def a_full_disk(cells: Cells) -> None:
         for word in (str(run_dir / "checkpoints"), "free on its disk", *words):
             assert word in run.said(), (word, run.said())
         assert "Traceback" not in run.said(), run.said()
-        left = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
-        assert left == ["latest", OLD], left
+        left = {p.name for p in (run_dir / "checkpoints").iterdir()}
+        left -= {"zero_to_fp32.py", "zero_to_torch.py"}  # DeepSpeed's, at every save under ZeRO
+        assert left == {"latest", OLD}, left
         assert checkpointing.verified(run_dir / "checkpoints" / OLD)
 
     def goes_on(run_dir: Path, work: Callable[[], object]) -> None:
