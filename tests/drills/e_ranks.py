@@ -144,16 +144,13 @@ def a_killed_rank(cells: Cells) -> None:
     whole = Ranks(folder, 2, partial(train, folder, folder / "whole2"))
     assert whole.wait() and not any(whole.codes), whole.said()
     for victim in (0, 1):
-        for moment in ("step-0000002", "step-0000006", "start"):
+        for moment in ("step-0000002", "step-0000006"):
             with cells.cell(f"rank {victim}, {moment}"):
                 run_dir = folder / f"killed{victim}{moment}"
                 slow = mock.patch.object(checkpointing, "sync", lambda _: time.sleep(0.02))
                 with slow:
                     run = Ranks(folder, 2, partial(train, folder, run_dir))
-                if moment == "start":
-                    _wait_for_handlers(run)
-                else:
-                    run.wait_for(run_dir / "checkpoints" / moment)
+                run.wait_for(run_dir / "checkpoints" / moment)
                 run.signal(signal.SIGKILL, victim)
                 started = time.monotonic()
                 assert run.wait(NOTICED_SECONDS), run.said(1 - victim)
