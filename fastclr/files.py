@@ -67,7 +67,7 @@ def plain_files(folder: Path) -> list[Path]:
         ValueError: At a link, a pipe or anything else that is no plain file or folder.
         OSError: If it cannot be read.
     """
-    found = []
+    found: list[Path] = []
     for path in sorted(folder.rglob("*")):
         mode = path.lstat().st_mode
         if stat.S_ISREG(mode):
