@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parent
-IN_THE_SUITE = "A5,A7,A9,A10,C5,E3,F1,F3"
+IN_THE_SUITE = "A6,A9,A10,A13,C2,C5,E3,G2,H3"
 
 
 def run(script: str, *flags: str, timeout: float = 300) -> str:
@@ -31,7 +31,5 @@ def test_drills():
     assert f"{len(IN_THE_SUITE.split(','))} drills" in said and "all passed" in said
 
 
-@pytest.mark.parametrize(("ranks", "stage", "runs"), [(1, 0, 3), (2, 1, 1)])
-def test_killed_at_random_instants(ranks, stage, runs):
-    flags = ("--runs", runs, "--ranks", ranks, "--stage", stage)
-    assert f"{runs} of {runs} equal bit for bit" in run("kill_resume.py", *map(str, flags))
+def test_killed_at_random_instants():
+    assert "3 of 3 equal bit for bit" in run("kill_resume.py", "--runs", "3")
