@@ -208,7 +208,8 @@ def write_results(folder: Path, results: list[Result], tier: str, seconds: float
         f"{cells} cells, {len(failed)} drills failed{': ' + ', '.join(failed) if failed else ''}, "
         f"{seconds / 60:.0f} minutes.",
         "",
-        f"{facts['processor']}, {facts['cores']} cores; torch {of.get('torch')}, deepspeed {of.get('deepspeed')}.",
+        f"{facts['processor']}, {facts['cores']} cores; torch {of.get('torch')}, "
+        f"deepspeed {of.get('deepspeed')}.",
         "",
         "| drill | what passing means | seed | passed | seconds | slowest cell | seen |",
         "|---|---|---:|---:|---:|---:|---|",
