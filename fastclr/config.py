@@ -27,9 +27,14 @@ class ViewsConfig:
         crop_ratio: Range of the crop's width / height, drawn log-uniformly.
         flip_prob: Probability of the horizontal flip.
         jitter_prob: Probability of the colour jitter.
+        brightness: Of the jitter: ``multiplicative``, a factor from max(0, 1 - 0.8 s) to
+            1 + 0.8 s as in torchvision and the authors' later code, or ``additive``, -0.8 s to
+            0.8 s added to colours of 0..1 as in their first and the paper's TensorFlow.
         grayscale_prob: Probability of dropping the colour.
         blur_prob: Probability of the Gaussian blur; 0 for CIFAR-10.
         blur_sigma: Range of the blur's standard deviation in pixels, drawn uniformly.
+        blur_sigma_images: Images, one after the other in the order, whose views share it; 1 for
+            each its own. The authors' code draws one for a replica's batch: give the batch's size.
         colour_model: ``exact``, the paper's colour jitter, or ``affine``: all of its steps as one
             matrix, without clips between them, the hue as a rotation around the gray axis. Faster,
             but other colours (4 levels of 255 on average); back-end ``dali`` only.
@@ -41,9 +46,11 @@ class ViewsConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip_prob: float = 0.5
     jitter_prob: float = 0.8
+    brightness: Literal["multiplicative", "additive"] = "multiplicative"
     grayscale_prob: float = 0.2
     blur_prob: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma_images: int = 1
     colour_model: Literal["exact", "affine"] = "exact"
 
     @property
@@ -64,8 +71,19 @@ class ViewsConfig:
                 found.append(f"views.{name} is {low} {high}: give 0 < low <= high.")
         if self.crop_scale[1] > 1:
             found.append(f"views.crop_scale ends at {self.crop_scale[1]}: an area is at most 1.")
+        if self.blur_sigma_images < 1:
+            found.append(f"views.blur_sigma_images is {self.blur_sigma_images}: give 1 or more.")
         if self.colour_model not in ("exact", "affine"):
             found.append(f"views.colour_model is {self.colour_model!r}: choose exact or affine.")
+        if self.brightness not in ("multiplicative", "additive"):
+            found.append(
+                f"views.brightness is {self.brightness!r}: choose multiplicative or additive."
+            )
+        elif self.brightness == "additive" and self.colour_model == "affine":
+            found.append(
+                "views.brightness is additive and views.colour_model affine: what is added has no "
+                "place in its matrices. Set colour_model to exact, or brightness to multiplicative."
+            )
         if self.size < 8:
             found.append(f"views.size is {self.size}: views need at least 8 pixels a side.")
         if not 0 <= self.color_strength <= 2.5:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from fastclr.batch import Batch
 from fastclr.config import Config, ConfigError, DataConfig
+from fastclr.evaluation.finetune import Batches, LabelledImages
 from fastclr.world import World
 from pipelines import ShardSet, SimCLRPolicy, make_loader
 from pipelines.backends import resolve_backend
+from pipelines.image_set import ImageSet
+from pipelines.labelled_views import centres, crops_and_flips
 from pipelines.loader import Loader, default_threads
 from pipelines.memory import InMemory
 from pipelines.mixture import Mixture, open_sets
+from pipelines.order import Int64
 
 DataSet: TypeAlias = ShardSet | Mixture
 
@@ -56,6 +61,30 @@ def labelled_sets(texts: Iterable[str], data: DataConfig) -> list[DataSet]:
                 f"{data_set.class_names}: a probe of one says nothing of the other."
             )
     return sets
+
+
+def labelled_images(
+    name: str, image_set: ImageSet, size: int, seed: int, num_threads: int
+) -> LabelledImages:
+    """Describe labelled images to what trains on them.
+
+    Args:
+        name: What messages call them.
+        image_set: Images.
+        size: Side of the views in pixels.
+        seed: Seed of crops and flips.
+        num_threads: Threads that decode and crop.
+    """
+
+    def views(epoch: int, batches: Sequence[Int64]) -> Batches:
+        return crops_and_flips(image_set, size, epoch, batches, seed=seed, num_threads=num_threads)
+
+    return LabelledImages(
+        name=name,
+        label_X=image_set.labels(np.arange(len(image_set))),
+        views=views,
+        plain=lambda ids: centres(image_set, size, ids, num_threads=num_threads),
+    )
 
 
 def facts_of(data_set: DataSet) -> dict[str, Any]:
@@ -116,7 +145,7 @@ def _decoded(config: Config, data_set: DataSet, world: World) -> InMemory:
 
 
 def first_batch(
-    config: Config, data_set: DataSet, backend: str, num_images: int, world: World
+    config: Config, data_set: ImageSet, backend: str, num_images: int, world: World
 ) -> Batch:
     """Return this rank's part of the first images of epoch 0, as training sees them."""
     loader = make_loader(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,17 +14,15 @@ from torch import nn
 
 from fastclr import checkpointing, evaluations, runs
 from fastclr.config import Config, ConfigError
-from fastclr.data_sets import DataSet, labelled_sets
+from fastclr.data_sets import DataSet, labelled_images, labelled_sets
 from fastclr.engine import device_of
 from fastclr.evaluation import finetune, linear
-from fastclr.evaluation.draws import Int64
 from fastclr.evaluation.features import Features
 from fastclr.evaluation.forgetting import VIEWS, Forgotten
 from fastclr.evaluation.layers import Layers, LayerScore
 from fastclr.evaluation.store import cached_features
 from fastclr.simclr import SimCLR
 from fastclr.world import World
-from pipelines.labelled_views import centres, crops_and_flips
 from pipelines.loader import default_threads
 
 Say = Callable[[str], None]
@@ -216,20 +214,12 @@ class Subject:
 
     def images(self, shard_set: DataSet) -> finetune.LabelledImages:
         """Describe a set to what trains on it."""
-        size, seed, threads = (
+        return labelled_images(
+            str(shard_set.path),
+            shard_set,
             self.config.views.size,
             self.options.seed,
             default_threads(World.detect()),
-        )
-
-        def views(epoch: int, batches: Sequence[Int64]) -> finetune.Batches:
-            return crops_and_flips(shard_set, size, epoch, batches, seed=seed, num_threads=threads)
-
-        return finetune.LabelledImages(
-            name=str(shard_set.path),
-            label_X=shard_set.label_N,
-            views=views,
-            plain=lambda ids: centres(shard_set, size, ids, num_threads=threads),
         )
 
     def network(self, *, trained: bool) -> tuple[nn.Module, int]:

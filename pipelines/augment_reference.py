@@ -12,7 +12,12 @@ from PIL import Image
 from pipelines.decode import Pixels
 from pipelines.policy import SimCLRPolicy, ViewParams
 
-_STEPS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+
+def _add(x_CHW: torch.Tensor, shift: float) -> torch.Tensor:
+    return (x_CHW + shift).clamp(0, 1)
+
+
+_STEPS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue, _add)
 
 
 def augment(
@@ -48,7 +53,7 @@ def _augment(image: Pixels, params: ViewParams, i: int, policy: SimCLRPolicy) ->
         x_CHW = TF.horizontal_flip(x_CHW)
     if params.jitter_N[i]:
         for step in params.order_N4[i]:
-            x_CHW = _STEPS[step](x_CHW, float(params.factors_N4[i, step]))
+            x_CHW = _STEPS[step](x_CHW, float(params.factors_N4[i, step % 4]))
     if params.gray_N[i]:
         x_CHW = TF.rgb_to_grayscale(x_CHW, num_output_channels=3)
     x_CHW = _round(x_CHW)

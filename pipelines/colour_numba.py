@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import boolean, float32, njit, types, uint8
 
-from pipelines.policy import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
+from pipelines.policy import ADDITION, BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
 from pipelines.vectors import compiled, fma
 
 TILE = 1024  # pixels: three planes of float32 are 12 KiB
@@ -105,6 +105,15 @@ def _scale(r, g, b, n, factor):
 
 
 @njit
+def _add(r, g, b, n, shift):
+    """Additive brightness."""
+    for j in range(n):
+        r[j] = _clip(r[j] + shift)
+        g[j] = _clip(g[j] + shift)
+        b[j] = _clip(b[j] + shift)
+
+
+@njit
 def _blend_with_mean(r, g, b, n, factor, mean):
     """Contrast."""
     other = mean * (_ONE - factor)
@@ -169,7 +178,7 @@ def _sum_of_gray(r, g, b, n):
 def _steps(r, g, b, n, order_4, factors_4, mean, first, end):
     for k in range(first, end):
         step = order_4[k]
-        factor = factors_4[step]
+        factor = factors_4[step % 4]
         if step == BRIGHTNESS:
             _scale(r, g, b, n, factor)
         elif step == CONTRAST:
@@ -178,6 +187,8 @@ def _steps(r, g, b, n, order_4, factors_4, mean, first, end):
             _blend_with_gray(r, g, b, n, factor)
         elif step == HUE:
             _turn(r, g, b, n, factor)
+        elif step == ADDITION:
+            _add(r, g, b, n, factor)
 
 
 @njit

@@ -216,7 +216,7 @@ def _hue(r, g, b, turns):
 def _step(table, view, slot, pivot, r, g, b):
     """Apply the jitter step of a slot; every pixel of a program takes the same branch."""
     step = _number(table, view, ORDER + slot).to(tl.int64)
-    factor = _number(table, view, FACTOR + step).to(tl.float32, bitcast=True)
+    factor = _number(table, view, FACTOR + step % 4).to(tl.float32, bitcast=True)
     if step == 0:
         r, g, b = _mix(r, 0.0, factor), _mix(g, 0.0, factor), _mix(b, 0.0, factor)
     elif step == 1:
@@ -224,8 +224,14 @@ def _step(table, view, slot, pivot, r, g, b):
     elif step == 2:
         gray = _gray(r, g, b)
         r, g, b = _mix(r, gray, factor), _mix(g, gray, factor), _mix(b, gray, factor)
-    else:
+    elif step == 3:
         r, g, b = _hue(r, g, b, factor)
+    else:
+        r, g, b = (
+            tl.clamp(r + factor, 0.0, 1.0),
+            tl.clamp(g + factor, 0.0, 1.0),
+            tl.clamp(b + factor, 0.0, 1.0),
+        )
     return r, g, b
 
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from fastclr.config import ViewsConfig, raise_all
 from pipelines.order import Int64, uniforms
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+# Additive brightness takes the place of the other in an order; it has its column of the factors.
+BRIGHTNESS, CONTRAST, SATURATION, HUE, ADDITION = range(5)
 _ORDERS = np.array(list(itertools.permutations(range(4))), np.uint8)
 _TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
 
@@ -29,8 +30,10 @@ class ViewParams:
         box_N4: int32 top, left, height, width of the crop in source pixels.
         flip_N: bool; mirror after the crop.
         jitter_N: bool; whether the four colour steps apply.
-        factors_N4: float32 brightness, contrast, saturation (multiplicative), hue (turns).
-        order_N4: uint8; the colour steps in the order they are applied.
+        factors_N4: float32 brightness, contrast, saturation (multiplicative), hue (turns). Where
+            brightness is additive, the first is what is added to colours of 0..1.
+        order_N4: uint8; the colour steps in the order they are applied: four of :data:`BRIGHTNESS`
+            to :data:`ADDITION`. Step k takes factor k modulo 4.
         gray_N: bool; drop the colour.
         blur_N: bool; blur last.
         sigma_N: float32 standard deviation of the blur in pixels of the view.
@@ -58,8 +61,7 @@ class SimCLRPolicy(ViewsConfig):
 
     Crop, resize with antialiased bicubic to ``size`` and round to 8 bit; flip; jitter in the drawn
     order, clipped after each step, HSV hue, contrast around the mean gray; grayscale; round to 8
-    bit; blur; round to 8 bit. Brightness is multiplicative, as in torchvision and the authors'
-    later code; the first version's was additive.
+    bit; blur; round to 8 bit. Additive brightness, where asked for, is the authors' first one.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -74,7 +76,8 @@ class SimCLRPolicy(ViewsConfig):
     ) -> ViewParams:
         """Draw the numbers of one view of n samples; a pure function of its arguments.
 
-        A view depends neither on the batch it is drawn in nor on the rank.
+        A view depends neither on the batch it is drawn in nor on the rank; sigma, where images
+        share it, on the position of the first of them.
 
         Args:
             seed: Seed of the run.
@@ -85,19 +88,25 @@ class SimCLRPolicy(ViewsConfig):
         """
         # 1 keeps the hash apart from the one that orders the samples.
         u = uniforms(seed, 1, epoch, view, np.asarray(positions)[:, None], np.arange(_NUM_SLOTS))
+        group_N = np.asarray(positions) // self.blur_sigma_images
+        u_sigma_N = uniforms(seed, 1, epoch, view, group_N, _SIGMA)
         strength = np.array([0.8, 0.8, 0.8, 0.2]) * self.color_strength
         centre = np.array([1.0, 1.0, 1.0, 0.0])
         low, high = centre - strength, centre + strength
         low[:HUE] = np.maximum(low[:HUE], 0)
+        order_N4 = _ORDERS[(u[:, _ORDER] * len(_ORDERS)).astype(int)]
+        if self.brightness == "additive":
+            low[BRIGHTNESS], high[BRIGHTNESS] = -strength[BRIGHTNESS], strength[BRIGHTNESS]
+            order_N4 = np.where(order_N4 == BRIGHTNESS, np.uint8(ADDITION), order_N4)
         return ViewParams(
             box_N4=self._boxes(u, sizes_N2),
             flip_N=u[:, _FLIP] < self.flip_prob,
             jitter_N=u[:, _JITTER] < self.jitter_prob,
             factors_N4=(low + (high - low) * u[:, _FACTORS]).astype(np.float32),
-            order_N4=_ORDERS[(u[:, _ORDER] * len(_ORDERS)).astype(int)],
+            order_N4=order_N4,
             gray_N=u[:, _GRAY] < self.grayscale_prob,
             blur_N=u[:, _BLUR] < self.blur_prob,
-            sigma_N=_between(self.blur_sigma, u[:, _SIGMA]).astype(np.float32),
+            sigma_N=_between(self.blur_sigma, u_sigma_N).astype(np.float32),
         )
 
     def _boxes(

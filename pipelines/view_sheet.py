@@ -14,7 +14,7 @@ from pipelines.image_set import ImageSet
 from pipelines.loader import make_loader
 from pipelines.policy import SimCLRPolicy, ViewParams
 
-_STEPS = ("brightness", "contrast", "saturation", "hue")
+_STEPS = ("brightness", "contrast", "saturation", "hue", "brightness plus")
 _SIDE, _GAP, _TEXT_WIDTH, _FONT_SIZE = 160, 8, 300, 11
 _SHADES = ("#ffffff", "#f2f2f2")  # of every other row
 
@@ -68,7 +68,8 @@ def describe(params: ViewParams, row: int) -> str:
     """Say what was drawn for one view; colour steps in the order they are applied."""
     top, left, height, width = params.box_N4[row].tolist()
     factors = params.factors_N4[row].tolist()
-    steps = [f"{_STEPS[step]} {factors[step]:.3f}" for step in params.order_N4[row].tolist()]
+    order = params.order_N4[row].tolist()
+    steps = [f"{_STEPS[step]} {factors[step % 4]:.3f}" for step in order]
     jitter = [", ".join(steps[:2]) + ",", ", ".join(steps[2:])] if params.jitter_N[row] else ["no"]
     blur = f"sigma {params.sigma_N[row]:.3f}" if params.blur_N[row] else "no"
     return "\n".join(

@@ -348,9 +348,26 @@ SHIPPED = Path(fastclr.recipes.__file__).parent
 def test_every_recipe_fits_the_plain_json(recipe):
     ours = fastclr.recipes.RECIPES[recipe]()
     ours = replace(ours, run_dir="runs/x", data=DataConfig(train="data/x"))
-    resolved, filled = resolve(ours, read(SHIPPED / "fp32.json"), FOUR)
+    resolved, filled = resolve(ours, read(SHIPPED / "fp32.json"), World(num_ranks=2))
     assert None not in (resolved.optimizer.learning_rate, resolved.optimizer.weight_decay)
     assert json.loads(json.dumps(filled)) == filled
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rate"),
+    [
+        ("simclr-v1-paper", 4.8),
+        ("simclr-tf-head", 0.075 * 4096**0.5),
+        ("cifar10-readme", 2.0),
+        ("rastogi-2021", 1e-3),
+        ("ae-2408.14514", 1.5),
+    ],
+)
+def test_recipes_have_the_rates_of_their_sources(recipe, rate):
+    ours = fastclr.recipes.RECIPES[recipe]()
+    ours = replace(ours, run_dir="runs/x", data=DataConfig(train="data/x"))
+    resolved, _ = resolve(ours, {}, World())
+    assert resolved.optimizer.learning_rate == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.json")), ids=lambda file: file.name)

@@ -11,7 +11,7 @@ import tyro
 from fastclr.cli import guard
 from fastclr.config import ConfigError
 from fastclr.studies import STUDIES
-from fastclr.studies.images import open_images
+from fastclr.studies.images import open_images, with_target
 from fastclr.studies.pages import write_pages, write_study
 from fastclr.studies.running import rows_of, run_study
 from fastclr.studies.scales import SCALES
@@ -26,6 +26,7 @@ def study(
     out: Path = Path("fastclr/studies"),
     work: Path = Path("runs/studies"),
     only_report: bool = False,
+    transfer: tuple[str, str] | None = None,
 ) -> None:
     """Do the runs of a study that are not done yet, then write its table, figure and verdicts.
 
@@ -39,8 +40,13 @@ def study(
         out: Folder of RESULTS.md, studies.html and results/.
         work: Folder for the checkpoints of runs in progress.
         only_report: Do no runs; write what the rows say.
+        transfer: Training and test shard set, labelled, that the study transfer goes to; without
+            them ``all`` leaves it out.
     """
     names = list(STUDIES) if name == "all" else [name]
+    if name == "all" and transfer is None:
+        names.remove("transfer")
+        print("transfer is left out: name its data set behind --transfer", flush=True)
     if unknown := [n for n in names if n not in STUDIES]:
         raise ConfigError(f"study {unknown[0]!r} is unknown: choose {', '.join(STUDIES)}, or all.")
     if scale not in SCALES or seeds < 1:
@@ -48,14 +54,18 @@ def study(
             f"scale is {scale!r} and seeds {seeds}: choose from {', '.join(SCALES)}, and 1 or more."
         )
     size = SCALES[scale]
-    images = open_images(*data, size)
-    facts = {
-        **images.facts,
-        "name": Path(data[0]).parent.name or data[0],
-        "num_train": len(images.train),
-        "num_test": len(images.test),
-    }
+    own_images = open_images(*data, size)
     for chosen in names:
+        images, of = own_images, _name(data)
+        if chosen == "transfer":
+            images = with_target(images, transfer, size)
+            of += f", to {_name(transfer or data)}"
+        facts = {
+            **images.facts,
+            "name": of,
+            "num_train": len(images.train),
+            "num_test": len(images.test),
+        }
         results = out / "results"
         found = STUDIES[chosen]
         if only_report:
@@ -79,6 +89,11 @@ def study(
         )
         write_pages(out)
     print(f"{out / 'RESULTS.md'} {out / 'studies.html'}")
+
+
+def _name(data: tuple[str, str]) -> str:
+    """Return the name of a data set by its folder."""
+    return Path(data[0]).parent.name or data[0]
 
 
 if __name__ == "__main__":

@@ -30,30 +30,33 @@ def _sizes(rows: Sequence[Row], *, varying: bool) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Return rows of one name as a table: sizes, times, and every other plain value they carry."""
+    """Return rows of one name as a table: sizes, times, and every other plain value they carry.
+
+    What is nested stays in the rows: pages of their own break it down.
+    """
     sizes = _sizes(rows, varying=True)
-    extras = [_flat({k: v for k, v in row.items() if k not in _KNOWN}) for row in rows]
+    extras = [_plain({k: v for k, v in row.items() if k not in _KNOWN}) for row in rows]
     columns: dict[str, list[Any]] = {key: [row["sizes"].get(key) for row in rows] for key in sizes}
     columns["ms (20 to 80 %)"] = [_milliseconds(row) for row in rows]
     columns["images/s"] = [row.get("images_per_second") for row in rows]
     peaks = [row.get("peak_bytes") for row in rows]
     columns["peak MiB"] = [peak / 2**20 if peak else None for peak in peaks]
     for key in dict.fromkeys(key for extra in extras for key in extra):
-        columns[key.replace("_", " ")] = [extra.get(key) for extra in extras]
+        columns[key] = [extra.get(key) for extra in extras]
     shown = {head: cells for head, cells in columns.items() if any(c is not None for c in cells)}
     lines = zip(*([_cell(cell) for cell in cells] for cells in shown.values()), strict=True)
     named_lines = [(row["variant"], *line) for row, line in zip(rows, lines, strict=True)]
     return Table(("", *shown), named_lines)
 
 
-def _flat(values: Mapping[str, Any]) -> Row:
-    """Return the plain values, those of nested mappings under both names; lists are left out."""
+def _plain(values: Mapping[str, Any]) -> Row:
+    """Return the plain values under names for people, seconds as milliseconds."""
     found: Row = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= {f"{key}: {name}": inner for name, inner in _flat(value).items()}
+        if key.endswith("_seconds") and isinstance(value, int | float):
+            found[f"{key.removesuffix('_seconds').replace('_', ' ')}, ms"] = 1e3 * value
         elif isinstance(value, bool | int | float | str):
-            found[key] = value
+            found[key.replace("_", " ")] = value
     return found
 
 

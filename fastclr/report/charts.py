@@ -36,6 +36,7 @@ _CLASS_COLORS = [
     *("#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f"),
     *("#d4ae2a", "#b07aa1", "#ff9da7", "#9c755f", "#8a8a94"),
 ]
+FLOOR = 1e-10  # of the largest singular value; what lies below is rounding
 _MAX_LINE_POINTS = 800
 _MOSAIC_CELLS, _CELL_PIXELS = 34, 34
 
@@ -210,6 +211,66 @@ def grid_chart(name: str, labels: Sequence[str], value_GG: np.ndarray, *, title:
     axes.title.set_color(_INK)
     axes.title.set_fontsize(10)
     return svg(figure, name, title)
+
+
+def histograms_chart(name: str, rows: Mapping[str, np.ndarray]) -> Markup:
+    """Draw histograms of several crops of several images over each other.
+
+    Args:
+        name: Chart name, unique on the page.
+        rows: By what was done to the crops: shares of equal bins of 0..1, shape (images, crops,
+            bins).
+
+    Returns:
+        An `<svg>` element.
+    """
+    num_images, num_crops, num_bins = next(iter(rows.values())).shape
+    figure = Figure(figsize=(7.2, 0.3 + 1.7 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), num_images, squeeze=False, sharex=True, sharey=True)
+    centre_K = (np.arange(num_bins) + 0.5) / num_bins
+    for axes_I, (label, share_IVK) in zip(grid, rows.items(), strict=True):
+        for axes, share_VK in zip(axes_I, share_IVK, strict=True):
+            _quiet(axes, "y").set(title=label)
+            axes.title.set(color=_INK, fontsize=10)
+            for share_K, color in zip(share_VK, series_colors(num_crops), strict=True):
+                axes.plot(centre_K, share_K, color=color, linewidth=1.4)
+            axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    return svg(figure, name, f"histograms of intensities: {', '.join(rows)}")
+
+
+def spaces_chart(
+    name: str,
+    rows: Mapping[str, tuple[Mapping[str, np.ndarray], np.ndarray, Mapping[str, np.ndarray]]],
+) -> Markup:
+    """Draw maps side by side and spectra beside them, a row for each model.
+
+    Args:
+        name: Chart name, unique on the page.
+        rows: By the model's name: positions, shape (N, 2), of two maps by their names; the class of
+            each point, (N,); falling values above 0 of spectra by their names.
+
+    Returns:
+        An `<svg>` element.
+    """
+    figure = Figure(figsize=(7.2, 0.3 + 2.5 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), 3, squeeze=False)
+    for axes_3, (model, (maps, class_N, spectra)) in zip(grid, rows.items(), strict=True):
+        colors = np.array(class_colors(int(class_N.max()) + 1))
+        for axes, (label, at_N2) in zip(axes_3, maps.items(), strict=False):
+            _quiet(axes, None).scatter(*at_N2.T, s=8, c=colors[class_N].tolist(), linewidths=0)
+            axes.set(xticks=[], yticks=[], title=f"{model}: {label}")
+        axes = _quiet(axes_3[2], "y")
+        for (label, value_K), color in zip(
+            spectra.items(), series_colors(len(spectra)), strict=True
+        ):
+            shown_K = value_K[value_K > FLOOR * value_K[0]]
+            axes.plot(np.arange(1, len(shown_K) + 1), shown_K, color=color, label=label)
+        axes.set(yscale="log", title="singular values")
+        axes.minorticks_off()
+        axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
+        for axes in axes_3:
+            axes.title.set(color=_INK, fontsize=10)
+    return svg(figure, name, f"maps and spectra of {', '.join(rows)}")
 
 
 def standalone(chart: Markup) -> str:

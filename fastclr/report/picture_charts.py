@@ -17,7 +17,6 @@ from fastclr.report.template import Markup
 
 _SIDE, _MARGIN = 1000, 20  # of a map; the page's script knows the first
 _MOST_CELLS = 30  # classes of a matrix of cells; more are pixels
-_FLOOR = 1e-10  # of the largest singular value; what lies below is rounding
 
 
 def map_chart(
@@ -145,7 +144,7 @@ def spectrum_chart(
     for (label, value_K), color in zip(
         spectra.items(), charts.series_colors(len(spectra)), strict=True
     ):
-        shown_K = value_K[value_K > _FLOOR * value_K[0]] / (value_K[0] if relative else 1.0)
+        shown_K = value_K[value_K > charts.FLOOR * value_K[0]] / (value_K[0] if relative else 1.0)
         marker = "o" if len(shown_K) < 3 else ""
         place_K = np.arange(1, len(shown_K) + 1)
         axes.plot(place_K, shown_K, color=color, linewidth=2, marker=marker, label=label)

@@ -134,6 +134,7 @@ details table { font-size: .86rem; }
 details th { width: 50%; color: var(--muted); }
 .wide { padding: 4px 18px; overflow-x: auto; }
 .wide td:not(:last-child), .wide thead th { white-space: nowrap; }
+.wide tbody th { min-width: 9rem; }
 .study { margin: 16px 0; padding: 18px; max-width: 720px; }
 .groups { columns: 2 320px; column-gap: 40px; }
 .groups > div { break-inside: avoid; }

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fastclr.config import Config
-from fastclr.studies.scales import Scale
-from fastclr.studies.study import Alternating, Arm, Claim, Study, Variant
+from fastclr.studies.scales import Scale, changed
+from fastclr.studies.study import ACCURACIES, RANKS, Alternating, Arm, Claim, Study, Variant
 
 STEPS = {"K = 1": 1, "K = 4": 4, "K = 16": 16}
 
@@ -24,22 +23,17 @@ def arms(scale: Scale) -> dict[str, Arm]:
         "K = 4, head rate x 3": replace(four, head_rate=3.0),
         "K = 4, new head at half time": replace(four, renewed_epochs=(base.epochs or 2) / 2),
     }
-    low_rank = replace(base.head, kind="linear", output_dim=max(2, min(scale.output_dims)))
+    linear = changed(base, "head", kind="linear")
+    low_rank = changed(linear, "head", output_dim=max(2, min(scale.output_dims)))
     return {
         "joint": Arm(base),
-        "joint, linear head": Arm(_with_head(base, kind="linear")),
-        "joint, no head": Arm(_with_head(base, kind="none")),
+        "joint, linear head": Arm(linear),
+        "joint, no head": Arm(changed(base, "head", kind="none")),
         **{name: Arm(base, Variant(alternating=how)) for name, how in knobs.items()},
         "random head, fixed": Arm(base, Variant(frozen=("fc1", "fc2"))),
-        "low-rank projection, fixed": Arm(
-            replace(base, head=low_rank), Variant(start="orthogonal", frozen=("fc1",))
-        ),
-        "first half of h": Arm(_with_head(base, kind="linear"), Variant(start="direct")),
+        "low-rank projection, fixed": Arm(low_rank, Variant(start="orthogonal", frozen=("fc1",))),
+        "first half of h": Arm(linear, Variant(start="direct")),
     }
-
-
-def _with_head(base: Config, kind: str) -> Config:
-    return replace(base, head=replace(base.head, kind=kind))
 
 
 def claims(arms: Sequence[str]) -> list[Claim]:
@@ -69,6 +63,7 @@ def claims(arms: Sequence[str]) -> list[Claim]:
             "a learned head gives a better h than a random, fixed one",
             ("joint",),
             ("random head, fixed",),
+            not_judged=unknown,
         ),
         Claim(
             "with a head the rank of h is larger than without",
@@ -91,11 +86,12 @@ STUDY = Study(
     source="Gupta, Ajanthan, van den Hengel & Gould 2022, arXiv 2212.11491 (abstract).",
     arms=arms,
     columns={
-        "h, linear": "h.linear",
-        "z, linear": "z.linear",
-        "h, kNN": "h.knn",
-        "h, rank": "h.rank",
-        "z, rank": "z.rank",
+        **ACCURACIES,
+        **RANKS,
+        "h, alignment": "h.alignment",
+        "h, uniformity": "h.uniformity",
+        "z, alignment": "z.alignment",
+        "z, uniformity": "z.uniformity",
         "contrastive loss": "log.loss",
         "head's gain": "log.head_gain",
     },

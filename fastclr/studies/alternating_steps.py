@@ -17,17 +17,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from fastclr.batch import Batch
 from fastclr.config import ConfigError, OptimizerConfig
+from fastclr.contracts import BatchSource
+from fastclr.files import write_shared
 from fastclr.optim import LARS, parameter_groups
 from fastclr.simclr import SimCLR
 from fastclr.studies.study import Alternating
 from fastclr.trainer import Trainer
 
 Statistics = dict[str, torch.Tensor]
+
+_EARLIER = "earlier-{}.safetensors"  # of a step
 
 
 def two_rate_optimizer(
@@ -91,7 +98,7 @@ class AlternatingTrainer(Trainer):
                 f"{alternating.earlier_batches}: give 1 or more, and 0 or more."
             )
         self._how, self._renewed_steps, self._fresh_head = alternating, renewed_steps, fresh_head
-        # Representations of earlier batches; after a resumption they are gathered anew.
+        # Representations of earlier batches, kept beside the checkpoints.
         self._earlier: deque[torch.Tensor] = deque(maxlen=alternating.earlier_batches or 1)
         self._head = list(model.projection_head.parameters())
 
@@ -128,6 +135,32 @@ class AlternatingTrainer(Trainer):
                 self._head_step(h)
         self._count(batch)
         return loss.detach()
+
+    def _save(self, position: dict[str, Any], is_best: bool = False) -> None:
+        """Write earlier representations, then the checkpoint that they belong to."""
+        name = _EARLIER.format(self.step)
+        if self._how.earlier_batches:
+            kept = {f"{place:04d}": h.cpu() for place, h in enumerate(self._earlier)}
+            write_shared(self.run_dir / name, safetensors.torch.save(kept))
+        super()._save(position, is_best)
+        for file in self.run_dir.glob(_EARLIER.format("*")):
+            if file.name != name:  # of the checkpoint before, which is deleted too
+                file.unlink()
+
+    def _resume(self, loader: BatchSource) -> None:
+        """Load what there is to go on from, earlier representations too."""
+        super()._resume(loader)
+        if not self.step or not self._how.earlier_batches:
+            return
+        file = self.run_dir / _EARLIER.format(self.step)
+        try:
+            kept = load_file(file, device=str(self.device))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"{file} cannot be read ({error}), and the head's steps go through the batches in "
+                f"it: delete {self.run_dir} and train anew."
+            ) from error
+        self._earlier.extend(kept[place] for place in sorted(kept))
 
     def _head_step(self, h_NF: torch.Tensor) -> torch.Tensor:
         """Take a step of the head on fixed representations; return the loss before it."""

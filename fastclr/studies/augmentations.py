@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fastclr.config import ViewsConfig
 from fastclr.studies.scales import Scale
-from fastclr.studies.study import Arm, Claim, Study, Variant
+from fastclr.studies.study import ENTROPY, FOUND, Arm, Claim, Study, Variant
 
 # Of the policy: setting -> value; the others are changes of views.
 POLICY = {
@@ -85,12 +85,7 @@ STUDY = Study(
     ),
     source="Chen et al. 2020, section 3.1 and figure 5, whose cells are in no text.",
     arms=arms,
-    columns={
-        "h, linear": "h.linear",
-        "h, kNN": "h.knn",
-        "contrastive accuracy": "log.accuracy",
-        "entropy": "log.entropy",
-    },
+    columns={"h, linear": "h.linear", "h, kNN": "h.knn", **FOUND, **ENTROPY},
     claims=claims,
     figure="grid",
     drawn=("h, linear",),

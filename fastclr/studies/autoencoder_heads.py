@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastclr.config import Config
-from fastclr.studies.scales import Scale
-from fastclr.studies.study import Arm, Claim, Study, Variant
+from fastclr.studies.scales import Scale, changed
+from fastclr.studies.study import ACCURACIES, FOUND, Arm, Claim, Study, Variant
 
 LEARNED, AUTOENCODER, FREE = "learned", "autoencoder, frozen", "autoencoder, trained on"
 CONTROLS = {
@@ -19,7 +19,7 @@ CONTROLS = {
 
 def arms(scale: Scale) -> dict[str, Arm]:
     """Return all first layers with ReLU, and two of them over the source's other knobs."""
-    base = replace(scale.base, head=replace(scale.base.head, kind="mlp", norm="none"))
+    base = changed(scale.base, "head", kind="mlp", norm="none")
     frozen = Variant(start="autoencoder", frozen=("fc1",))
     found = {
         LEARNED: Arm(base),
@@ -39,8 +39,8 @@ def _knobs(base: Config, scale: Scale) -> dict[str, tuple[Config, Variant]]:
     narrow = min(scale.output_dims)
     return {
         **{name: (base, Variant(activation=name)) for name in ("silu", "sigmoid", "tanh")},
-        f"z {narrow}": (replace(base, head=replace(base.head, output_dim=narrow)), Variant()),
-        f"width {narrow}": (replace(base, head=replace(base.head, hidden_dim=narrow)), Variant()),
+        f"z {narrow}": (changed(base, "head", output_dim=narrow), Variant()),
+        f"width {narrow}": (changed(base, "head", hidden_dim=narrow), Variant()),
         "z-score": (base, Variant(standardise=True)),
     }
 
@@ -88,13 +88,7 @@ STUDY = Study(
     ),
     source="Schliebitz, Tapken & Atzmueller 2024, arXiv 2408.14514.",
     arms=arms,
-    columns={
-        "h, linear": "h.linear",
-        "z, linear": "z.linear",
-        "h, kNN": "h.knn",
-        "h, rank": "h.rank",
-        "contrastive accuracy": "log.accuracy",
-    },
+    columns={**ACCURACIES, "h, rank": "h.rank", **FOUND},
     claims=claims,
     published={
         LEARNED: "CIFAR-10: mean over the source's grid 58.6, its best 64.9",

@@ -8,7 +8,7 @@ from typing import Literal
 
 from fastclr.config import OptimizerConfig
 from fastclr.studies.scales import Scale
-from fastclr.studies.study import Arm, Claim, Study
+from fastclr.studies.study import ACCURACIES, FOUND, Arm, Claim, Study
 
 SHARES = {"a sixth": 1 / 6, "a third": 1 / 3, "all": 1.0}  # of the scale's epochs
 FACTORS = {"small": 0.5, "middle": 2.0, "large": 4.0}  # of the scale's batch
@@ -83,11 +83,6 @@ STUDY = Study(
     ),
     source="Chen et al. 2020, section 5.3, figure 9 and table B.1.",
     arms=arms,
-    columns={
-        "h, linear": "h.linear",
-        "z, linear": "z.linear",
-        "h, kNN": "h.knn",
-        "contrastive accuracy": "log.accuracy",
-    },
+    columns={**ACCURACIES, **FOUND},
     claims=claims,
 )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from fastclr.studies.scales import Scale
+from fastclr.studies.scales import Scale, without_colour
 from fastclr.studies.study import Arm, Claim, Study
 
 PLAIN, DISTORTED = "crops", "crops with colour distortion"
@@ -13,10 +12,8 @@ PLAIN, DISTORTED = "crops", "crops with colour distortion"
 
 def arms(scale: Scale) -> dict[str, Arm]:
     """Return crops without and with colour distortion; nothing is trained."""
-    views = scale.base.views
-    plain = replace(views, jitter_prob=0.0, grayscale_prob=0.0)
     return {
-        PLAIN: Arm(replace(scale.base, views=plain)),
+        PLAIN: Arm(without_colour(scale.base)),
         DISTORTED: Arm(scale.base),
     }
 
@@ -52,5 +49,6 @@ STUDY = Study(
     columns={"matched": "histogram.found", "chance": "histogram.chance"},
     claims=claims,
     work="histograms",
-    drawn=("matched", "chance"),
+    figure="histograms",
+    drawn=(),
 )

@@ -5,6 +5,8 @@ Source: Chen et al. 2020, figure 6, which shows histograms and gives no number.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,7 +17,10 @@ from pipelines.loader import make_loader
 
 BINS = 16  # a channel
 CANDIDATES = 256  # images among which the right one is sought; chance is 1 / CANDIDATES
+NUM_PICTURED, NUM_CROPS = 2, 4
 _MOST_BATCHES = 16
+
+JSON = dict[str, Any]
 
 
 def matching(config: Config, images: StudyImages) -> dict[str, float]:
@@ -47,6 +52,26 @@ def matching(config: Config, images: StudyImages) -> dict[str, float]:
         right.append(distance_NN.argmin(1) == np.arange(num_images))
     found = float(np.concatenate(right).mean())
     return {"found": found, "found_half": found / 2, "chance": 1 / num_images}
+
+
+def pictured(config: Config, images: StudyImages) -> JSON:
+    """Return histograms of some crops of the first test images of an epoch, for the figure.
+
+    Returns:
+        ``histograms``: for each image and each crop the shares of :data:`BINS` bins, over all
+        channels.
+    """
+    policies = data_sets.policies_of(config)[:1] * NUM_CROPS
+    loader = make_loader(
+        images.test,
+        policies,
+        micro_batch_size=NUM_PICTURED,
+        seed=config.seed,
+        backend="threads",
+    )
+    views_VNCHW = next(iter(loader)).views_VBCHW.numpy()
+    share_VNK = np.stack([histograms(v).reshape(len(v), 3, BINS).mean(1) for v in views_VNCHW])
+    return {"histograms": share_VNK.transpose(1, 0, 2).round(4).tolist()}
 
 
 def histograms(views_NCHW: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

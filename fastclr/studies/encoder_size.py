@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from fastclr.studies.scales import Scale
-from fastclr.studies.study import Arm, Claim, Study, Variant
+from fastclr.studies.scales import Scale, changed
+from fastclr.studies.study import ACCURACIES, Arm, Claim, Study, Variant
 
 WIDTHS = {"half width": 0.5, "full width": 1.0, "double width": 2.0}  # of the scale's encoder
 DEEPER = {"resnet8": "resnet14", "resnet18": "resnet34", "resnet50": "resnet101"}
@@ -18,9 +17,7 @@ def arms(scale: Scale) -> dict[str, Arm]:
     encoder, found = scale.base.encoder, {}
     for name in (encoder.name, DEEPER[encoder.name]):
         for width, factor in WIDTHS.items():
-            config = replace(
-                scale.base, encoder=replace(encoder, name=name, width=encoder.width * factor)
-            )
+            config = changed(scale.base, "encoder", name=name, width=encoder.width * factor)
             found[f"{SIMCLR}, {name}, {width}"] = Arm(config)
             found[f"{SUPERVISED}, {name}, {width}"] = Arm(config, Variant(supervised=True))
     return found
@@ -60,11 +57,6 @@ STUDY = Study(
     ),
     source="Chen et al. 2020, section 4.1, figure 7 and table B.3.",
     arms=arms,
-    columns={
-        "h, linear": "h.linear",
-        "z, linear": "z.linear",
-        "h, kNN": "h.knn",
-        "accuracy in training": "log.accuracy",
-    },
+    columns={**ACCURACIES, "accuracy in training": "log.accuracy"},
     claims=claims,
 )

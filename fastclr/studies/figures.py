@@ -44,9 +44,47 @@ def _id(study: JSON) -> str:
     return f"{study['name']}-{study['scale']}".replace("_", "-")
 
 
-FIGURES: dict[str, Callable[[JSON], Markup]] = {"bars": _bars, "grid": _grid}
+def _spaces(study: JSON) -> Markup:
+    """Draw the maps of h and z and the spectra of the first seed, a row an arm."""
+    rows = {
+        arm: (
+            {name: np.array(at) for name, at in found["maps"].items()},
+            np.array(found["label"]),
+            {name: np.array(values) for name, values in found["spectra"].items()},
+        )
+        for arm, found in study["pictures"].items()
+    }
+    return charts.spaces_chart(_id(study), rows)
+
+
+def _histograms(study: JSON) -> Markup:
+    """Draw the histograms of crops of the first seed, a row an arm."""
+    rows = {arm: np.array(found["histograms"]) for arm, found in study["pictures"].items()}
+    return charts.histograms_chart(_id(study), rows)
+
+
+_MEANS = "Mean and standard error over seeds of {}."
+# By kind: what draws it, and the caption, with the headings that are drawn.
+FIGURES: dict[str, tuple[Callable[[JSON], Markup], str]] = {
+    "bars": (_bars, _MEANS),
+    "grid": (_grid, _MEANS),
+    "histograms": (
+        _histograms,
+        "Intensities of all channels of four crops of two test images, a column an image.",
+    ),
+    "spaces": (
+        _spaces,
+        "t-SNE of test images in the colours of their classes, and singular values divided by the "
+        "largest, of the covariances of h and z and of the head's layers; of the first seed.",
+    ),
+}
 
 
 def figure(study: JSON) -> Markup:
     """Draw a study's figure; nothing where no run is done."""
-    return FIGURES[study["figure"]](study) if study["done"] else Markup()
+    return FIGURES[study["figure"]][0](study) if study["done"] else Markup()
+
+
+def caption(study: JSON) -> str:
+    """Say what a study's figure shows."""
+    return FIGURES[study["figure"]][1].format(", ".join(study["drawn"]))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from fastclr.studies.scales import Scale
+from fastclr.studies.scales import Scale, changed
 from fastclr.studies.study import Arm, Claim, Study, Variant
 
 STANDARD = "crop, colour"
@@ -20,8 +19,7 @@ TASKS = {
 
 def arms(scale: Scale) -> dict[str, Arm]:
     """Return the standard augmentation, and it with one more change."""
-    head = replace(scale.base.head, kind="mlp")
-    base = replace(scale.base, head=head)
+    base = changed(scale.base, "head", kind="mlp")
     return {
         STANDARD: Arm(base),
         **{

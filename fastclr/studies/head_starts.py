@@ -14,6 +14,7 @@ from fastclr.autoencoder import train_autoencoder
 from fastclr.config import Config, ConfigError
 from fastclr.simclr import SimCLR
 from fastclr.studies.images import StudyImages
+from fastclr.studies.local_statistics import divide
 from fastclr.studies.study import Variant
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -154,6 +155,8 @@ def build(variant: Variant, context: Context, device: torch.device) -> SimCLR:
             return ((inputs[0] - mean.to(inputs[0])) / std.to(inputs[0]),)
 
         model.encoder.register_forward_pre_hook(standardise)
+    if variant.norm_parts > 1:
+        divide(model, variant.norm_parts, context.config.global_batch_size or 0)
     return model
 
 

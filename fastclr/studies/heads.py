@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from fastclr.studies.scales import Scale
-from fastclr.studies.study import Arm, Claim, Study, Variant
+from fastclr.studies.scales import Scale, changed
+from fastclr.studies.study import ACCURACIES, FOUND, RANKS, Arm, Claim, Study, Variant
 
 
 def arms(scale: Scale) -> dict[str, Arm]:
@@ -14,12 +13,11 @@ def arms(scale: Scale) -> dict[str, Arm]:
     base = scale.base
     found = {
         "untrained": Arm(base, Variant(trained=False)),
-        "none": Arm(replace(base, head=replace(base.head, kind="none"))),
+        "none": Arm(changed(base, "head", kind="none")),
     }
     for kind in ("linear", "mlp"):
         for width in scale.output_dims:
-            head = replace(base.head, kind=kind, output_dim=width)
-            found[f"{kind} {width}"] = Arm(replace(base, head=head))
+            found[f"{kind} {width}"] = Arm(changed(base, "head", kind=kind, output_dim=width))
     return found
 
 
@@ -57,13 +55,6 @@ STUDY = Study(
     ),
     source="Chen et al. 2020, section 4.2 and figure 8.",
     arms=arms,
-    columns={
-        "h, linear": "h.linear",
-        "z, linear": "z.linear",
-        "h, kNN": "h.knn",
-        "h, rank": "h.rank",
-        "z, rank": "z.rank",
-        "contrastive accuracy": "log.accuracy",
-    },
+    columns={**ACCURACIES, **RANKS, **FOUND},
     claims=claims,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -83,17 +83,20 @@ class StudyImages:
         test: Images that are scored.
         size: Side of the views in pixels.
         class_names: Names of the classes.
+        target: Training and test images of another data set that encoders are carried to.
     """
 
     train: ImageSet
     test: ImageSet
     size: int
     class_names: list[str]
+    target: tuple[ImageSet, ImageSet] | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
         """What a result depends on of them."""
-        return {"train": self.train.digest, "test": self.test.digest, "size": self.size}
+        facts = {"train": self.train.digest, "test": self.test.digest, "size": self.size}
+        return {**facts, "target": [s.digest for s in self.target]} if self.target else facts
 
     def batches(self, of: ImageSet, most: int | None = None) -> Batches:
         """Yield images as an evaluation sees them, uint8 (n, 3, size, size), and labels."""
@@ -135,6 +138,34 @@ def open_images(train: str, test: str, scale: Scale) -> StudyImages:
                 f"{found.path} has {len(found)} images and this scale takes {number}: rows of "
                 "fewer images would not be comparable. Pack more, or choose another --scale."
             )
-    firsts = [First(found, number) for found, number in zip(sets, wanted, strict=True)]
-    kept = [InMemory(f) if len(f) <= _MOST_IN_MEMORY else f for f in firsts]
+    kept = [_decoded(*pair) for pair in zip(sets, wanted, strict=True)]
     return StudyImages(kept[0], kept[1], scale.base.views.size, list(sets[0].class_names))
+
+
+def with_target(images: StudyImages, target: tuple[str, str] | None, scale: Scale) -> StudyImages:
+    """Add another labelled data set, as many of its images as there are of the first at most.
+
+    Args:
+        images: Of the study.
+        target: Training and test shard set.
+        scale: How many of each.
+
+    Raises:
+        ConfigError: If there is none, or labels are missing.
+        ShardError: If the data is missing or damaged.
+    """
+    if target is None:
+        raise ConfigError(
+            "the study transfer goes to another data set: name its training and test shard set "
+            "behind --transfer."
+        )
+    train, test = data_sets.labelled_sets(target, DataConfig())
+    return replace(
+        images, target=(_decoded(train, scale.num_train), _decoded(test, scale.num_test))
+    )
+
+
+def _decoded(found: DataSet, most: int) -> ImageSet:
+    """Return the first images of a set, in memory if they are few."""
+    first = First(found, min(most, len(found)))
+    return InMemory(first) if len(first) <= _MOST_IN_MEMORY else first

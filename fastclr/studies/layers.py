@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from fastclr.studies.scales import Scale
+from fastclr.studies.scales import Scale, changed
 from fastclr.studies.study import Arm, Claim, Study
 
 SIMCLR, RASTOGI = "fc1 relu1 fc2", "fc1 relu1 fc2 relu2 fc3"
@@ -14,8 +13,8 @@ SIMCLR, RASTOGI = "fc1 relu1 fc2", "fc1 relu1 fc2 relu2 fc3"
 def arms(scale: Scale) -> dict[str, Arm]:
     """Return SimCLR's head, and Rastogi's of three layers without normalisation."""
     base = scale.base
-    three = replace(base.head, kind="mlp", depth=3, hidden_dim=base.head.output_dim, norm="none")
-    return {SIMCLR: Arm(base), RASTOGI: Arm(replace(base, head=three))}
+    three = {"kind": "mlp", "depth": 3, "hidden_dim": base.head.output_dim, "norm": "none"}
+    return {SIMCLR: Arm(base), RASTOGI: Arm(changed(base, "head", **three))}
 
 
 def claims(arms: Sequence[str]) -> list[Claim]:

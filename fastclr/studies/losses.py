@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fastclr.config import LossConfig
 from fastclr.studies.scales import Scale
-from fastclr.studies.study import Arm, Claim, Study
+from fastclr.studies.study import ACCURACIES, FOUND, Arm, Claim, Study
 
 XENT, LOGISTIC, MARGIN = "NT-Xent", "NT-Logistic", "margin"
 HARD = ", semi-hard"
@@ -75,13 +75,7 @@ STUDY = Study(
     ),
     source="Chen et al. 2020, section 5.1, table 4 and appendix B.10.",
     arms=arms,
-    columns={
-        "h, linear": "h.linear",
-        "z, linear": "z.linear",
-        "h, kNN": "h.knn",
-        "h, validation": "h.validation",
-        "contrastive accuracy": "log.accuracy",
-    },
+    columns={**ACCURACIES, "h, validation": "h.validation", **FOUND},
     claims=claims,
     published={
         f"{kind.removesuffix(HARD)} {value}{HARD * kind.endswith(HARD)}": f"best of grid {score}"

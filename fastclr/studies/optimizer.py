@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fastclr.config import OptimizerConfig
 from fastclr.studies.scales import Scale
-from fastclr.studies.study import Arm, Claim, Study
+from fastclr.studies.study import ACCURACIES, FOUND, Arm, Claim, Study
 
 RATES = {"LARS": 2.0, "SGD": 0.5, "Adam": 4.2e-3}  # at batch 256, scaled with the root
 FACTORS = {"small": 0.5, "large": 4.0}  # of the scale's batch
@@ -51,12 +51,6 @@ STUDY = Study(
     ),
     source="Chen et al. 2020, section 2.2.",
     arms=arms,
-    columns={
-        "h, linear": "h.linear",
-        "z, linear": "z.linear",
-        "h, kNN": "h.knn",
-        "contrastive loss": "log.loss",
-        "contrastive accuracy": "log.accuracy",
-    },
+    columns={**ACCURACIES, "contrastive loss": "log.loss", **FOUND},
     claims=claims,
 )

@@ -11,12 +11,11 @@ from fastclr.files import write_durably, write_json
 from fastclr.report import charts, template
 from fastclr.report.template import Markup
 from fastclr.studies import STUDIES
-from fastclr.studies.figures import figure
+from fastclr.studies.figures import caption, figure
 from fastclr.studies.verdicts import RULE
 
 JSON = dict[str, Any]
 
-_PLAIN = ("rank", "entropy", "loss", "gain")  # headings of numbers that are no fractions
 INTRODUCTION = (
     "Experiments of the literature, made again with this trainer, as obtained, including what does "
     "not come out. Pilots are small: they can show whether an effect is there, not how large it is "
@@ -47,7 +46,7 @@ def read_studies(results: Path) -> list[JSON]:
                 f"{file} is damaged ({error}): delete it and start its study again, which makes it "
                 "from the rows."
             ) from error
-    scales, names = ("pilot", "small", "paper", "toy"), list(STUDIES)
+    scales, names = ("pilot", "small", "cifar10", "paper", "toy"), list(STUDIES)
     known = [study for study in studies if study["name"] in names]
     return sorted(known, key=lambda s: (scales.index(s["scale"]), names.index(s["name"])))
 
@@ -92,7 +91,7 @@ def html(studies: list[JSON]) -> str:
             question=study["question"],
             table=template.table(_header(study), _rows(study)),
             chart=figure(study),
-            caption="Mean and standard error over seeds of " + ", ".join(study["drawn"]) + ".",
+            caption=caption(study),
             claims=template.table(_CLAIMS, _claims(study)) if study["verdicts"] else Markup(),
             provenance=f"{_provenance(study)} {study['command']}",
         )
@@ -115,7 +114,7 @@ def _rows(study: JSON) -> list[list[str]]:
     lines = []
     for arm in study["arms"]:
         seeds = max(cell[2] for cell in arm["values"].values())
-        cells = [_cell(arm["values"][h], h.endswith(_PLAIN)) for h in study["headings"]]
+        cells = [_cell(arm["values"][h], h in study["plain"]) for h in study["headings"]]
         line = [arm["name"], *cells, str(seeds)]
         lines.append([*line, arm["published"]] if has_published else line)
     return lines
@@ -126,21 +125,24 @@ def _cell(cell: list[float | None], is_plain: bool) -> str:
     mean, error, _ = cell
     if mean is None:
         return ""
-    factor = 1 if is_plain else 100
-    text = f"{factor * mean:.1f}"
-    return text if error is None else f"{text} ± {factor * error:.1f}"
+    return _number(mean, error, is_plain)
+
+
+def _number(mean: float, error: float | None, is_plain: bool, sign: str = "") -> str:
+    """Say a number and its standard error."""
+    factor, digits = (1, 2) if is_plain else (100, 1)
+    text = f"{factor * mean:{sign}.{digits}f}"
+    return text if error is None else f"{text} ± {factor * error:.{digits}f}"
 
 
 def _claims(study: JSON) -> list[list[str]]:
     """Return the lines of the table of claims."""
     lines = []
     for found in study["verdicts"]:
-        factor = 100 if found["is_percent"] else 1
         difference = ""
         if found["difference"] is not None:
-            difference = f"{factor * found['difference']:+.1f}"
-        if found["error"] is not None:
-            difference += f" ± {factor * found['error']:.1f}"
+            is_plain = not found["is_percent"]
+            difference = _number(found["difference"], found["error"], is_plain, "+")
         lines.append([found["claim"], difference, str(found["seeds"]), found["verdict"]])
     return lines
 

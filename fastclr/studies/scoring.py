@@ -54,12 +54,17 @@ def layer_scores(model: SimCLR, images: StudyImages, device: torch.device, say: 
         say(f"scoring {name.removeprefix(_HEAD)}")
         scores[name.removeprefix(_HEAD)] = _layer(train[name], test[name])
     scores["z"] = scores[layers.names[-1].removeprefix(_HEAD)]
-    scores["weights"] = {
+    scores["weights"] = head_ranks(model)
+    return scores
+
+
+def head_ranks(model: SimCLR) -> dict[str, float]:
+    """Return the effective rank of each linear layer of the head, by its name."""
+    return {
         name: effective_rank(module.weight.detach().cpu())
         for name, module in model.projection_head.named_children()
         if isinstance(module, nn.Linear)
     }
-    return scores
 
 
 def _layer(train: Features, test: Features) -> JSON:
@@ -74,6 +79,13 @@ def _layer(train: Features, test: Features) -> JSON:
         "validation": ridge_probe(fitting, held_out).top1,
         "rank": effective_rank(torch.from_numpy(ranked - ranked.mean(0))),
     }
+
+
+def ends(model: SimCLR) -> Layers:
+    """Return the model seen at h and at z, or at h alone where there is no head."""
+    layers = Layers(model.encoder, model.projection_head)
+    of_head = [name for name in layers.names if not name.startswith("encoder.")]
+    return layers.only([*dict.fromkeys((of_head[0], of_head[-1]))])
 
 
 def logged_means(run_dir: Path, share: float = 0.1) -> JSON:
@@ -109,18 +121,16 @@ def changes_told(
     Returns:
         By task, with words joined by underscores: ``h``, ``z`` and ``chance``, 0..1.
     """
-    layers = Layers(model.encoder, model.projection_head)
-    of_head = [name for name in layers.names if not name.startswith("encoder.")]
-    ends = layers.only([*dict.fromkeys((of_head[0], of_head[-1]))])
+    seen = ends(model)
     say("features of changed images")
     train, test = (
-        {view: _changed(ends, images, of, view, number, device) for view in VIEWS}
+        {view: _changed(seen, images, of, view, number, device) for view in VIEWS}
         for of, number in ((images.train, most), (images.test, len(images.test)))
     )
     return {
         found.task.replace(" ", "_"): {
-            "h": found.top1[of_head[0]],
-            "z": found.top1[of_head[-1]],
+            "h": found.top1[seen.names[0]],
+            "z": found.top1[seen.names[-1]],
             "chance": found.chance,
         }
         for found in forgetting_scores(train, test, device, say)

@@ -23,6 +23,27 @@ DECIDING = (
 )  # fmt: skip
 
 
+# Columns that several studies have: path in a row's scores by heading.
+ACCURACIES = {"h, linear": "h.linear", "z, linear": "z.linear", "h, kNN": "h.knn"}
+FOUND = {"contrastive accuracy": "log.accuracy"}
+ENTROPY = {"entropy": "log.entropy"}
+RANKS = {"h, rank": "h.rank", "z, rank": "z.rank"}
+# Parts of the paths of scores that are no fractions.
+_PLAIN = {
+    "rank", "weights", "first_weights", "entropy", "loss", "head_gain", "alignment", "uniformity",
+    "silhouette",
+}  # fmt: skip
+
+
+def is_fraction(path: str) -> bool:
+    """Whether a score is a fraction, to be shown in per cent."""
+    return _PLAIN.isdisjoint(path.split("."))
+
+
+# Settings that rows may be older than, and what was done before: they are not in keys then.
+_YOUNGER = {"brightness": "multiplicative", "blur_sigma_images": 1, "norm_parts": 1}
+
+
 @dataclass(frozen=True)
 class Alternating:
     """How the head is trained as a part of the objective; see :mod:`.alternating_steps`.
@@ -60,6 +81,7 @@ class Variant:
         changes: For each of the two views, what is done to it besides its policy: keys of
             :data:`.view_changes.CHANGES`.
         alternating: How the head is trained; None for together with the encoder.
+        norm_parts: Parts of a batch that have BatchNorm statistics of their own.
     """
 
     trained: bool = True
@@ -70,6 +92,7 @@ class Variant:
     standardise: bool = False
     changes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     alternating: Alternating | None = None
+    norm_parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -111,8 +134,13 @@ class Run:
         """
         settings = asdict(self.config)
         deciding = {name: settings[name] for name in DECIDING}
+        variant = asdict(self.variant)
+        for part in (variant, deciding["views"], deciding["views_second"] or {}):
+            for name, value in _YOUNGER.items():
+                if part.get(name) == value:
+                    del part[name]
         what = {"version": VERSION, "work": self.work, "data": dict(data), "config": deciding}
-        return json.loads(json.dumps({**what, "variant": asdict(self.variant)}))
+        return json.loads(json.dumps({**what, "variant": variant}))
 
     def digest(self, data: Mapping[str, Any]) -> str:
         """Return 16 hexadecimal digits of the sha256 of :meth:`key`."""
@@ -156,7 +184,8 @@ class Study:
         question: What is compared, and what differs from the source.
         source: Where the experiment is from.
         arms: The arms at a scale, by name; the first of all are drawn first.
-        columns: Columns of the table: path in a row's scores by heading.
+        columns: Columns of the table: path in a row's scores by heading; one that no arm has a
+            score for is left out.
         claims: The claims about the arms there are.
         published: What the source reports of an arm, as text with its place; may lack arms.
         work: What is done for each run, a key of :data:`.work.WORKS`.

@@ -6,12 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastclr.evaluation import finetune, transfer
+from fastclr.studies import spaces
 from fastclr.studies.scales import Scale
 from fastclr.studies.scoring import PROTOCOL
-from fastclr.studies.study import Study
+from fastclr.studies.study import Study, is_fraction
 from fastclr.studies.verdicts import judge, summarise, value_at
 
 JSON = dict[str, Any]
+
+# How a study's scores are taken, by its work.
+_PROTOCOLS = {
+    "histograms": "",  # it has no probe
+    "changes": PROTOCOL,
+    "spaces": f"{PROTOCOL} {spaces.PROTOCOL} {spaces.MAP_PROTOCOL}",
+    "tuned": f"{PROTOCOL} Tuned: {finetune.PROTOCOL}",
+    "transfer": f"{PROTOCOL} Transfer: {transfer.PROTOCOL}",
+}
 
 
 def summary(
@@ -42,6 +53,11 @@ def summary(
     for row in rows:
         by_arm.setdefault(row["arm"], {})[row["seed"]] = row["scores"]
     names = list(study.arms(scale))
+    cells = {
+        arm: {h: _cell(by_arm, arm, path) for h, path in study.columns.items()} for arm in names
+    }
+    # A column that no arm has a score for is left out, such as what a scale does not do.
+    shown = [h for h in study.columns if not rows or any(cells[arm][h][2] for arm in names)]
     verdicts = [judge(claim, by_arm) for claim in study.claims(names)]
     return {
         "name": name,
@@ -51,21 +67,23 @@ def summary(
         "scale": scale_name,
         "expects": scale.expects,
         "images": dict(images),
-        "protocol": "" if study.work == "histograms" else PROTOCOL,  # it has no probe
+        "protocol": _PROTOCOLS.get(study.work, f"{PROTOCOL} {spaces.PROTOCOL}"),
         "seeds": num_seeds,
         "runs": len(study.runs(scale, num_seeds)),
         "done": len(rows),
-        "headings": list(study.columns),
+        "headings": shown,
+        "plain": [h for h in shown if not is_fraction(study.columns[h])],
         "arms": [
             {
                 "name": arm,
                 "published": study.published.get(arm, ""),
-                "values": {h: _cell(by_arm, arm, path) for h, path in study.columns.items()},
+                "values": {h: cells[arm][h] for h in shown},
             }
             for arm in names
         ],
         "figure": study.figure,
-        "drawn": [h for h in study.drawn if h in study.columns],
+        "drawn": [h for h in study.drawn if h in shown],
+        "pictures": {arm: found for arm in names if (found := _pictures(by_arm, arm))},
         "verdicts": [
             {
                 "claim": v.claim.text,
@@ -75,14 +93,15 @@ def summary(
                 "seeds": v.num_seeds,
                 "margin": v.claim.margin,
                 "kind": v.claim.kind,
-                "is_percent": not v.claim.score.endswith(("rank", "entropy", "loss", "head_gain")),
+                "is_percent": is_fraction(v.claim.score),
             }
             for v in verdicts
         ],
         "hours": sum(row["seconds"] for row in rows) / 3600,
         "measured": sorted({row["measured"][:10] for row in rows}),
         "hardware": sorted({_machine(row) for row in rows}),
-        "command": f"python tools/study.py {name} --scale {scale_name} --seeds {num_seeds}",
+        "command": f"python tools/study.py {name} --scale {scale_name} --seeds {num_seeds}"
+        + " --transfer TRAIN TEST" * (study.work == "transfer"),
     }
 
 
@@ -93,6 +112,12 @@ def _cell(
     values = [value_at(scores, path) for scores in by_arm.get(arm, {}).values()]
     found = summarise([value for value in values if math.isfinite(value)])
     return [_number(found.mean), _number(found.error), found.num_seeds]
+
+
+def _pictures(by_arm: Mapping[str, Mapping[int, JSON]], arm: str) -> JSON | None:
+    """Return what is drawn of an arm's first seed, where its work makes pictures."""
+    of_seeds = by_arm.get(arm, {})
+    return of_seeds[min(of_seeds)].get("pictures") if of_seeds else None
 
 
 def _number(value: float) -> float | None:

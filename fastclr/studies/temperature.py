@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from fastclr.studies.scales import Scale
-from fastclr.studies.study import Arm, Claim, Study
+from fastclr.studies.scales import Scale, changed
+from fastclr.studies.study import ACCURACIES, ENTROPY, FOUND, Arm, Claim, Study
 
 UNIT, RAW = (0.05, 0.1, 0.2, 0.5, 1.0), (10.0, 100.0)
 
@@ -17,10 +16,9 @@ def _name(value: float, is_unit: bool) -> str:
 
 def arms(scale: Scale) -> dict[str, Arm]:
     """Return the temperatures of table 5 and the pilots' 0.2."""
-    loss = scale.base.loss
     return {
         _name(value, is_unit): Arm(
-            replace(scale.base, loss=replace(loss, temperature=value, normalize=is_unit))
+            changed(scale.base, "loss", temperature=value, normalize=is_unit)
         )
         for is_unit, values in ((True, UNIT), (False, RAW))
         for value in values
@@ -64,13 +62,7 @@ STUDY = Study(
     ),
     source="Chen et al. 2020, section 5.1 and table 5.",
     arms=arms,
-    columns={
-        "h, linear": "h.linear",
-        "z, linear": "z.linear",
-        "h, kNN": "h.knn",
-        "contrastive accuracy": "log.accuracy",
-        "entropy": "log.entropy",
-    },
+    columns={**ACCURACIES, **FOUND, **ENTROPY},
     claims=claims,
     published={
         _name(0.05, True): "59.7; found 90.5, entropy 1.0",

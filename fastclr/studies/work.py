@@ -16,7 +16,7 @@ from fastclr.engine import device_of
 from fastclr.interruption import Interruption
 from fastclr.optim import LARS
 from fastclr.simclr import SimCLR
-from fastclr.studies import colour_histograms, scoring
+from fastclr.studies import colour_histograms, downstream, scoring, spaces
 from fastclr.studies.alternating_steps import AlternatingTrainer, two_rate_optimizer
 from fastclr.studies.head_starts import Context, build, fresh_head
 from fastclr.studies.images import StudyImages
@@ -148,30 +148,73 @@ def _lars(model: SimCLR, config: Config) -> LARS | None:
 def _train_and_score(job: Job) -> JSON:
     """Train, then score h and every layer of the head."""
     model, logged = train(job)
+    return _scores(job, model, logged)
+
+
+def _scores(job: Job, model: SimCLR, logged: JSON) -> JSON:
+    """Score a model; return it beside what was logged."""
     device = device_of(World())
-    return {
-        **scoring.layer_scores(model, job.images, device, job.say),
-        **({"log": logged} if logged else {}),
-    }
+    scores = scoring.layer_scores(model, job.images, device, job.say)
+    for end, found in spaces.numbers(model, job.images, job.run.config, device).items():
+        scores[end] = {**scores[end], **found}
+    return {**scores, **({"log": logged} if logged else {})}
 
 
 def _train_and_tell_changes(job: Job) -> JSON:
     """Do that, and tell changes of images from h and z."""
     model, logged = train(job)
-    device = device_of(World())
     most = job.scale.forgetting_images
-    told = scoring.changes_told(model, job.images, most, device, job.say)
-    scores = scoring.layer_scores(model, job.images, device, job.say)
-    return {**scores, **told, "log": logged}
+    told = scoring.changes_told(model, job.images, most, device_of(World()), job.say)
+    return {**_scores(job, model, logged), **told}
+
+
+def _train_and_picture(job: Job) -> JSON:
+    """Do that, and make maps and spectra of h, z and the head."""
+    model, logged = train(job)
+    scores, seed = _scores(job, model, logged), job.run.config.seed
+    shares, pictures = spaces.pictured(model, job.images, seed, device_of(World()), job.say)
+    for end, share in shares.items():
+        scores[end]["in_plane"] = share
+    first = scoring.head_ranks(SimCLR.from_config(job.run.config))
+    return {**scores, "first_weights": first, "pictures": pictures}
+
+
+def _train_and_tune(job: Job) -> JSON:
+    """Do that, and tune the encoder on a few labels."""
+    model, logged = train(job)
+    seed, device = job.run.config.seed, device_of(World())
+    tuned = downstream.tuned(model, job.images, job.scale, seed, device, job.say)
+    return {**_scores(job, model, logged), "tuned": tuned}
+
+
+def _train_and_transfer(job: Job) -> JSON:
+    """Do that, and carry the encoder to another data set."""
+    model, logged = train(job)
+    found = downstream.transferred(
+        model,
+        job.images,
+        job.scale,
+        job.run.config.seed,
+        job.run.variant.trained,
+        device_of(World()),
+        job.say,
+    )
+    return {**_scores(job, model, logged), "transfer": found}
 
 
 def _match_histograms(job: Job) -> JSON:
     """Match crops by their colours alone; nothing is trained."""
-    return {"histogram": colour_histograms.matching(job.run.config, job.images)}
+    return {
+        "histogram": colour_histograms.matching(job.run.config, job.images),
+        "pictures": colour_histograms.pictured(job.run.config, job.images),
+    }
 
 
 WORKS: dict[str, Callable[[Job], JSON]] = {
     "train": _train_and_score,
     "changes": _train_and_tell_changes,
+    "spaces": _train_and_picture,
+    "tuned": _train_and_tune,
+    "transfer": _train_and_transfer,
     "histograms": _match_histograms,
 }

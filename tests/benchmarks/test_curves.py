@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,15 +18,9 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 Import = Callable[[str], ModuleType]
 
 
-@pytest.fixture
-def part(monkeypatch: pytest.MonkeyPatch) -> Iterator[Import]:
-    """Import a part as the script does, and leave no trace."""
-    known = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield lambda name: importlib.import_module(f"curve_parts.{name}")
-    for name in set(sys.modules) - known:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
-            del sys.modules[name]
+@pytest.fixture(scope="module")
+def part(imported) -> Import:
+    return lambda name: imported(f"curve_parts.{name}")
 
 
 def row(name: str, variant: str, seconds: float, memory: float = 0, **sizes: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -18,15 +17,9 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 Import = Callable[[str], ModuleType]
 
 
-@pytest.fixture
-def part(monkeypatch: pytest.MonkeyPatch) -> Iterator[Import]:
-    """Import a part as the script does, and leave no trace."""
-    known = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield lambda name: importlib.import_module(f"data_plane_parts.{name}")
-    for name in set(sys.modules) - known:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
-            del sys.modules[name]
+@pytest.fixture(scope="module")
+def part(imported) -> Import:
+    return lambda name: imported(f"data_plane_parts.{name}")
 
 
 def test_ratios_are_taken_within_a_round(part: Import) -> None:

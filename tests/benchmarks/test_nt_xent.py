@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -21,15 +19,9 @@ SCRIPT = FOLDER / "nt_xent.py"
 TINY = "--sizes 48 --dims 16 8 --repeats 3 --large-sizes 160 --impls reference blocked inf-cl"
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """Import the script as it imports its neighbours, and leave no trace."""
-    known = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module("nt_xent")
-    for name in set(sys.modules) - known:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
-            del sys.modules[name]
+@pytest.fixture(scope="module")
+def script(imported) -> ModuleType:
+    return imported("nt_xent")
 
 
 def test_rows_page_and_plot(tmp_path: Path) -> None:

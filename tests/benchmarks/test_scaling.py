@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,15 +19,8 @@ Import = Callable[[str], ModuleType]
 
 
 @pytest.fixture(scope="module")
-def part() -> Iterator[Import]:
-    """Import a part as the script does, and leave no trace."""
-    known = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield lambda name: importlib.import_module(f"scaling_parts.{name}")
-    sys.path.remove(str(FOLDER))
-    for name in set(sys.modules) - known:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
-            del sys.modules[name]
+def part(imported) -> Import:
+    return lambda name: imported(f"scaling_parts.{name}")
 
 
 @pytest.fixture

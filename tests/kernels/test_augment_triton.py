@@ -83,6 +83,15 @@ def test_every_order_of_the_steps():
         assert_close(views[k], expected[k], (0.2, 2, 4))
 
 
+def test_brightness_that_is_added():
+    images = [picture(30, 24, k) for k in range(4)]
+    factors = [(shift, 1.2, 0.8, 0.1) for shift in (-0.7, -0.1, 0.2, 0.8)]
+    orders = [(4, 1, 2, 3), (1, 4, 3, 2), (3, 2, 4, 1), (2, 1, 3, 4)]
+    params = plain(images, jitter_N=[True] * 4, order_N4=orders, factors_N4=factors)
+    policy = SimCLRPolicy(size=20)
+    assert_close(made(images, params, policy), reference(images, params, policy), (0.03, 1, 4))
+
+
 SIZES = [(70, 45), (1, 1), (33, 90), (45, 45)]
 
 

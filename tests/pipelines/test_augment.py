@@ -156,6 +156,13 @@ OPERATIONS: dict[str, tuple[dict[str, list[object]], Limits]] = {
     "flip": ({"flip_N": [True, False, True, True]}, (0.01, 0, 1)),
     "gray": ({"gray_N": [True, True, False, True]}, (0.02, 1, 1)),
     "brightness": ({"factors_N4": [(f, 1, 1, 0) for f in (0.2, 0.7, 1.3, 1.8)]}, (0.02, 1, 2)),
+    "additive brightness": (
+        {
+            "factors_N4": [(s, 1.3, 0.7, 0.1) for s in (-0.8, -0.2, 0.3, 0.8)],
+            "order_N4": [(4, 1, 2, 3), (3, 4, 2, 1), (1, 2, 3, 4), (2, 3, 4, 1)],
+        },
+        (0.04, 1, 4),
+    ),
     "contrast": ({"factors_N4": [(1, f, 1, 0) for f in (0.2, 0.7, 1.3, 1.8)]}, (0.06, 1, 2)),
     "saturation": ({"factors_N4": [(1, 1, f, 0) for f in (0.2, 0.7, 1.3, 1.8)]}, (0.02, 1, 2)),
     "hue": ({"factors_N4": [(1, 1, 1, f) for f in (-0.5, -0.2, 0.1, 0.5)]}, (0.02, 1, 2)),

@@ -110,6 +110,22 @@ def test_every_colour_by_each_step(step: str) -> None:
         assert np.array_equal(found, images)
 
 
+def test_additive_brightness_is_the_references(images: Images) -> None:
+    n = len(images)
+    shift = np.linspace(-0.9, 0.9, n, dtype=np.float32)
+    params = replace(
+        whole_crops(n, images.shape[1]),
+        jitter_N=np.ones(n, bool),
+        gray_N=np.zeros(n, bool),
+        order_N4=np.uint8([[1, 2, 4, 3]] * n),
+        factors_N4=np.stack([shift, *np.float32([[1] * n, [1] * n, [0] * n])], 1),
+    )
+    found = run(images, params)
+    added = (np.float32(images) / np.float32(255) + shift[:, None, None, None]).clip(0, 1)
+    assert np.abs(found - np.rint(added * np.float32(255))).max() <= 1
+    assert (np.abs(found.astype(int) - expected(images, params)) <= 1).all()
+
+
 def test_flat_images_stay_flat() -> None:
     images = np.repeat(np.arange(0, 256, dtype=np.uint8)[::11, None, None, None], 20 * 20 * 3)
     images = images.reshape(24, 20, 20, 3)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastclr.config import ConfigError
-from pipelines.policy import HUE, SimCLRPolicy, ViewParams
+from pipelines.policy import ADDITION, BRIGHTNESS, HUE, SimCLRPolicy, ViewParams
 
 N = 20_000
 
@@ -171,6 +171,30 @@ def test_colour_strength() -> None:
     assert_uniform(most[:, 0], 0, 3)  # torchvision cuts 1 - 2 at 0
 
 
+def test_additive_brightness_changes_its_own_numbers_alone() -> None:
+    a = draw(SimCLRPolicy(color_strength=0.5), N, (90, 70))
+    b = draw(SimCLRPolicy(color_strength=0.5, brightness="additive"), N, (90, 70))
+    assert_uniform(b.factors_N4[:, 0], -0.4, 0.4)
+    np.testing.assert_allclose(a.factors_N4[:, 0], 1 + b.factors_N4[:, 0], atol=1e-6)
+    assert np.array_equal(a.factors_N4[:, 1:], b.factors_N4[:, 1:])
+    assert np.array_equal(a.order_N4, np.where(b.order_N4 == ADDITION, BRIGHTNESS, b.order_N4))
+    assert (b.order_N4 != BRIGHTNESS).all() and b.order_N4.dtype == np.uint8
+    for f in fields(a):
+        if f.name not in ("factors_N4", "order_N4"):
+            assert np.array_equal(getattr(a, f.name), getattr(b, f.name)), f.name
+
+
+def test_images_can_share_a_sigma() -> None:
+    a, b = (draw(SimCLRPolicy(blur_sigma_images=n), 64, (90, 70)) for n in (1, 16))
+    for f in fields(a):
+        if f.name != "sigma_N":
+            assert np.array_equal(getattr(a, f.name), getattr(b, f.name)), f.name
+    assert len(np.unique(a.sigma_N)) == 64
+    assert (b.sigma_N.reshape(4, 16) == b.sigma_N[::16, None]).all()
+    assert len(np.unique(b.sigma_N)) == 4
+    assert np.array_equal(b.sigma_N[::16], a.sigma_N[:4])
+
+
 def test_golden_numbers() -> None:
     """Old runs repeat only while these stay; a new operation appends its slots."""
     params = SimCLRPolicy().draw(
@@ -230,11 +254,18 @@ def test_types(drawn: ViewParams) -> None:
         ("size", 7),
         ("color_strength", 2.6),
         ("color_strength", -0.1),
+        ("brightness", "subtractive"),
+        ("blur_sigma_images", 0),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"views.{name} "):
         SimCLRPolicy(**{name: value})
+
+
+def test_matrices_cannot_add_brightness() -> None:
+    with pytest.raises(ConfigError, match=r"views\.brightness is additive and .* affine"):
+        SimCLRPolicy(brightness="additive", colour_model="affine")
 
 
 def test_all_problems_are_told_at_once() -> None:

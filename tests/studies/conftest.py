@@ -56,13 +56,19 @@ def job(images: StudyImages, tmp_path: Path) -> Callable[..., Job]:
 def study(images: StudyImages, tmp_path: Path) -> Callable[..., list[dict]]:
     """Return a function that runs a study on the toy images; its lines are in ``said``."""
 
-    def run(name: str, of: Study, num_seeds: int = 1, said: list[str] | None = None) -> list[dict]:
+    def run(
+        name: str,
+        study: Study,
+        num_seeds: int = 1,
+        said: list[str] | None = None,
+        of: StudyImages = images,
+    ) -> list[dict]:
         return run_study(
             name,
-            of,
+            study,
             "toy",
             TOY,
-            images,
+            of,
             num_seeds=num_seeds,
             results=tmp_path / "results",
             work_dir=tmp_path / "work",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import torch
 
 from fastclr.batch import Batch
 from fastclr.config import ConfigError, OptimizerConfig
+from fastclr.interruption import Preempted
 from fastclr.losses import NTXent, nt_xent
 from fastclr.simclr import SimCLR
 from fastclr.studies.alternating_steps import AlternatingTrainer, two_rate_optimizer
@@ -197,6 +200,35 @@ def test_steps_go_through_earlier_batches_in_turn(tmp_path, monkeypatch):
     assert torch.equal(second[2], first[0])
     assert not torch.equal(second[1], first[0])
     assert torch.equal(third[0], second[1])
+
+
+def test_a_training_goes_on_with_the_earlier_batches_it_had(job, monkeypatch):
+    """Weights after an interruption equal those without one, to the last bit."""
+    variant = Variant(alternating=Alternating(head_steps=2, earlier_batches=2))
+    whole, _ = train(job(variant=variant, name="whole"))
+    broken = job(variant=variant, name="broken")
+    step = AlternatingTrainer.train_step
+    steps = []
+
+    def interrupted(self, batch, statistics=None):
+        steps.append(0)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, statistics)
+
+    monkeypatch.setattr(AlternatingTrainer, "train_step", interrupted)
+    with pytest.raises(Preempted):
+        train(broken)
+    (kept,) = broken.run_dir.glob("earlier-*")
+    assert kept.name == "earlier-2.safetensors"
+    resumed, _ = train(broken)
+    assert len(steps) == 3
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert [file.name for file in broken.run_dir.glob("earlier-*")] == ["earlier-3.safetensors"]
+    next(broken.run_dir.glob("earlier-*")).unlink()
+    with pytest.raises(ConfigError, match=r"earlier-3.*cannot be read.*train anew"):
+        train(broken)
 
 
 def test_a_new_head_forgets_the_old_one(tmp_path):

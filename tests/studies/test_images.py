@@ -10,7 +10,7 @@ import torch
 
 from fastclr.config import ConfigError, DataConfig
 from fastclr.data_sets import open_data
-from fastclr.studies.images import First, open_images
+from fastclr.studies.images import First, open_images, with_target
 from fastclr.studies.scales import TOY
 
 
@@ -35,6 +35,15 @@ def test_batches_are_all_images_in_order(images):
                        torch.from_numpy(images.test.labels(np.arange(64))).int())  # fmt: skip
     assert parts[0][0].shape == (64, 3, 32, 32)
     assert len(next(iter(images.batches(images.test, 10)))[1]) == 10
+
+
+def test_another_set_is_a_part_of_what_results_depend_on(images, toy):
+    other = with_target(images, (str(toy.test), str(toy.train)), TOY)
+    assert [len(of) for of in other.target] == [64, 64]  # all there are, and the scale's
+    assert {k: v for k, v in other.facts.items() if k != "target"} == images.facts
+    assert len(set(other.facts["target"])) == 2
+    with pytest.raises(ConfigError, match="behind --transfer"):
+        with_target(images, None, TOY)
 
 
 def test_too_few_images_are_refused(toy):

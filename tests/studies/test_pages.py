@@ -11,10 +11,10 @@ import pytest
 from fastclr.config import ConfigError
 from fastclr.report import charts
 from fastclr.studies import STUDIES, pages
-from fastclr.studies.figures import FIGURES, figure
+from fastclr.studies.figures import FIGURES, caption, figure
 from fastclr.studies.pages import html, markdown, read_studies, write_pages, write_study
 from fastclr.studies.scales import TOY
-from fastclr.studies.study import Arm, Claim
+from fastclr.studies.study import Arm, Claim, is_fraction
 from fastclr.studies.summaries import summary
 from tests.report.test_browser import BROWSER, DRIVER, browser  # noqa: F401
 from tests.studies.conftest import plain_study
@@ -118,6 +118,55 @@ def test_a_grid_is_drawn_on_both_sides_of_its_diagonal():
     assert [chart.count(f">{text}<") for text in ("21.0", "31.0", "41.0")] == [1, 2, 1]
 
 
+SPACES = {
+    "maps": {"h": [[0, 0], [1000, 40], [3, 1000]], "z": [[0, 0], [9, 0], [1000, 1000]]},
+    "label": [0, 2, 0],
+    "spectra": {"h": [1.0, 0.1, 0.0], "z": [1.0], "fc1": [1.0, 0.9]},
+}
+
+
+def pictured(num_seeds=1, name="head_spectrum", figure="spaces", pictures=SPACES):
+    """Return the summary of a study with pictures."""
+    study = plain_study({"a": Arm(TOY.base)}, [], figure=figure)
+    row = {"arm": "a", "seconds": 1.0, "measured": "2026-01-01T00:00:00", "threads": 1,
+           "hardware": {"device": "cpu", "processor": "Example CPU"}}  # fmt: skip
+    rows = [
+        {
+            **row,
+            "seed": seed,
+            "scores": {"h": {"linear": 0.5}, "pictures": {**pictures, "seed": seed}},
+        }
+        for seed in range(num_seeds)
+    ]
+    return summary(name, study, "toy", TOY, FACTS, rows, num_seeds)
+
+
+def test_pictures_are_those_of_the_first_seed():
+    found = pictured(2)
+    assert found["pictures"]["a"]["seed"] == 0
+    chart = figure(found)
+    assert all(f">{text}<" in chart for text in ("a: h", "a: z", "fc1", "singular values"))
+    assert "in the colours of their classes" in caption(found)
+    assert caption(made()) == "Mean and standard error over seeds of h, linear, z, linear."
+
+
+def test_a_column_without_a_score_is_left_out():
+    found = pictured()
+    assert found["headings"] == ["h, linear"]
+    assert [list(arm["values"]) for arm in found["arms"]] == [["h, linear"]]
+    assert pictured(0)["headings"] == ["h, linear", "z, linear"]
+
+
+def test_fractions_are_shown_in_per_cent_and_others_as_they_are():
+    found = made()
+    found["plain"] = ["z, linear"]
+    assert "| a | 51.0 ± 0.6 | 0.40 ± 0.00 | 3 |  |" in markdown([found])
+    for path in ("h.linear", "tuned.1", "transfer.linear", "log.accuracy", "h.in_plane"):
+        assert is_fraction(path)
+    for path in ("h.rank", "weights.fc1", "log.loss", "z.silhouette", "log.entropy"):
+        assert not is_fraction(path)
+
+
 def test_charts_are_whole_svg_files():
     chart = charts.bars_chart(
         "bars", ["a", "<b>"], {"x": ([0.5, float("nan")], [0.1, float("nan")])}, x_label="x",
@@ -135,14 +184,22 @@ def test_charts_are_whole_svg_files():
 @pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver on the PATH")
 def test_the_page_opens_without_an_error_and_shows_its_charts(browser, tmp_path):  # noqa: F811
     grid = made(3, "augmentations", "grid", **{"b": 0.2, "b + c": 0.3, "c": 0.4})
+    histograms = pictured(
+        1, "color_histogram", "histograms", {"histograms": [[[0.5, 0.5], [0.2, 0.8]]]}
+    )
     page = tmp_path / "studies.html"
-    page.write_text(html([made(), grid, made(0, "losses")]))
+    page.write_text(html([made(), grid, pictured(), histograms, made(0, "losses")]))
     assert browser.console_errors(page) == []
     sizes = browser.run(
         "return Array.from(document.querySelectorAll('svg.chart'), chart => "
         "[chart.id, chart.getBoundingClientRect().width])"
     )
-    assert [name for name, _ in sizes] == ["heads-toy", "augmentations-toy"]
+    assert [name for name, _ in sizes] == [
+        "heads-toy",
+        "augmentations-toy",
+        "head-spectrum-toy",
+        "color-histogram-toy",
+    ]
     assert all(width > 200 for _, width in sizes)
     browser.resize(380)
     browser.console_errors(page)

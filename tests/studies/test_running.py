@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastclr import data_sets
+from fastclr import data_sets, encoders
 from fastclr.config import ConfigError
 from fastclr.interruption import Preempted
 from fastclr.simclr import SimCLR
 from fastclr.studies import STUDIES, running
-from fastclr.studies.scales import SCALES, TOY
+from fastclr.studies.head_starts import Context, build
+from fastclr.studies.scales import SCALES, TOY, changed
 from fastclr.studies.study import Arm, Run, Variant
-from fastclr.studies.work import WORKS, train
+from fastclr.studies.work import WORKS, _source, _trainer, train
 from pipelines.loader import make_loader
 from tests.studies.conftest import plain_study
 
@@ -64,6 +65,7 @@ def test_studies_share_runs_under_their_own_names(study, instant):
         lambda run: replace(run, config=replace(run.config, seed=1)),
         lambda run: replace(run, config=replace(run.config, epochs=2)),
         lambda run: replace(run, variant=Variant(frozen=("fc1",))),
+        lambda run: replace(run, variant=Variant(norm_parts=4)),
         lambda run: replace(run, work="changes"),
     ],
 )
@@ -78,6 +80,19 @@ def test_what_does_not_change_a_result_does_not_change_the_digest(images):
     elsewhere = replace(run.config, run_dir="x", log_every=3, checkpoint_every=7)
     other = replace(run, arm="b", config=elsewhere)
     assert other.digest(images.facts) == run.digest(images.facts)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("brightness", "additive"), ("blur_sigma_images", 128)]
+)
+def test_rows_older_than_a_setting_are_found(images, name, value):
+    key = Run("a", TOY.base, Variant(), "train").key(images.facts)
+    assert "norm_parts" not in key["variant"]
+    assert name not in key["config"]["views"]
+    other = changed(TOY.base, "views", **{name: value})
+    for config in (other, replace(TOY.base, views_second=other.views)):
+        of_other = Run("a", config, Variant(), "train").key(images.facts)
+        assert f'"{name}": {json.dumps(value)}' in json.dumps(of_other["config"])
 
 
 def test_a_damaged_row_is_refused_and_not_made_up(study, instant, tmp_path):
@@ -164,6 +179,37 @@ def test_runs_of_a_seed_are_paired(name, images):
     assert not (orders[0] == orders[1]).all()
 
 
+@pytest.mark.parametrize(
+    ("change", "start"), [("rotate", "random"), ("noise", "orthogonal"), ("cutout", "autoencoder")]
+)
+def test_a_seed_varies_all_that_it_should(job, change, start):
+    """Weights of encoder and head, order, numbers of views, changes; all again with the same."""
+    variant = Variant(start=start, changes=((change,), (change,)))
+    seen, fixed = [], None
+    for place, seed in enumerate((0, 0, 1)):
+        config = replace(TOY.base, seed=seed)
+        of = job(config, variant, f"{change}-{place}")
+        model = build(variant, Context(config, of.images, 2), torch.device("cpu"))
+        source = _source(of, config, torch.device("cpu"))
+        batch = next(iter(_source(job(config), config, torch.device("cpu"))))
+        fixed = fixed or batch  # what is changed, so that the changes alone differ
+        assert _trainer(of, config, {}, model, source).seed == seed
+        seen.append(
+            {
+                "encoder": model.encoder.network.conv1.weight,
+                "first layer of the head": model.projection_head.fc1.weight,
+                "last layer of the head": model.projection_head.fc2.weight,
+                "order": batch.sample_id_B,
+                "views": batch.views_VBCHW,
+                "changes": source._changed(fixed, 0).views_VBCHW,
+            }
+        )
+    for name, value in seen[0].items():
+        assert torch.equal(value, seen[1][name]), name
+        assert not torch.equal(value, seen[2][name]), name
+    assert not torch.equal(seen[0]["changes"], fixed.views_VBCHW)
+
+
 def _first_ids(run, images) -> np.ndarray:
     return images.train.order(run.config.seed).ids(0, 0, 32)
 
@@ -205,10 +251,16 @@ def test_every_arm_of_every_scale_is_a_configuration(name, scale):
         assert len(data_sets.policies_of(named)) == 2
 
 
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_a_scale_knows_the_width_of_its_encoder(scale):
+    with torch.device("meta"):
+        assert encoders.from_config(scale.base.encoder).feature_dim == scale.feature_dim
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_claims_and_published_numbers_are_of_arms_that_exist(name):
     study = STUDIES[name]
-    for scale in ("pilot", "small", "paper"):
+    for scale in ("pilot", "small", "cifar10", "paper"):
         arms = study.arms(SCALES[scale])
         assert set(study.published) <= set(arms)
         for claim in study.claims(list(arms)):

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from fastclr import data_sets
 from fastclr.evaluation.features import extract
 from fastclr.evaluation.ridge import ridge_probe
 from fastclr.simclr import SimCLR
 from fastclr.studies import colour_histograms, scoring
 from fastclr.studies.colour_histograms import BINS, histograms, matching
 from fastclr.studies.scales import TOY
+from pipelines.loader import make_loader
 
 CPU = torch.device("cpu")
 
@@ -98,6 +100,19 @@ def test_crops_are_matched_by_their_colours_until_those_are_distorted(images, mo
     assert matching(replace(plain, seed=1), images) != found
     monkeypatch.setattr(colour_histograms, "CANDIDATES", 16)
     assert matching(plain, images)["found"] > found["found"]
+
+
+def test_pictured_histograms_are_of_crops_of_two_images(images):
+    found = colour_histograms.pictured(TOY.base, images)
+    share_IVK = np.array(found["histograms"])
+    assert share_IVK.shape == (2, 4, BINS)
+    np.testing.assert_allclose(share_IVK.sum(2), 1, atol=1e-3)
+    assert found == colour_histograms.pictured(TOY.base, images)
+    views = next(iter(make_loader(
+        images.test, data_sets.policies_of(TOY.base), micro_batch_size=2, seed=0, backend="threads",
+    ))).views_VBCHW.numpy()  # fmt: skip
+    expected = histograms(views[1, :1]).reshape(3, BINS).mean(0)
+    np.testing.assert_allclose(share_IVK[0, 1], expected, atol=1e-4)
 
 
 def test_whole_images_are_always_matched(images):

@@ -81,6 +81,15 @@ def test_the_text_has_every_number() -> None:
             assert "jitter no" in text and found[-1][0] == -1
 
 
+def test_the_text_tells_brightness_that_is_added() -> None:
+    policy = SimCLRPolicy(brightness="additive", jitter_prob=1)
+    sizes_N2 = np.array([[300, 400]], np.int32)
+    params = policy.draw(seed=0, epoch=0, positions=np.arange(1), view=0, sizes_N2=sizes_N2)
+    text = describe(params, 0)
+    assert f"brightness plus {params.factors_N4[0, 0]:.3f}" in text
+    assert f"hue {params.factors_N4[0, 3]:.3f}" in text
+
+
 def test_the_command(shard_set: ShardSet, tmp_path: Path) -> None:
     out = tmp_path / "views.png"
     command = [sys.executable, "tools/show_views.py", str(shard_set.path), "--out", str(out)]

@@ -86,9 +86,11 @@ def test_a_study_stops_at_a_signal_and_goes_on(study, data, tmp_path, capsys):
         assert "Projection heads" in (tmp_path / page).read_text()
 
 
-def test_a_report_is_made_of_the_rows_there_are(study, data, tmp_path):
+def test_a_report_is_made_of_the_rows_there_are(study, data, tmp_path, capsys):
     study("all", "toy", 1, data, tmp_path, tmp_path / "work", only_report=True)
     assert "Losses" in (tmp_path / "RESULTS.md").read_text()
+    assert "transfer is left out" in capsys.readouterr().out
+    assert not (tmp_path / "results/transfer").exists()
     found = json.loads((tmp_path / "results/losses/toy/study.json").read_text())
     assert (found["done"], found["runs"]) == (0, 11)
 
@@ -99,6 +101,7 @@ def test_a_report_is_made_of_the_rows_there_are(study, data, tmp_path):
         ("no_such_study", "toy", 3, "'no_such_study' is unknown: choose heads"),
         ("heads", "huge", 3, "scale is 'huge'"),
         ("heads", "toy", 0, "seeds 0"),
+        ("transfer", "toy", 3, "behind --transfer"),
         ("heads", "pilot", 3, "has 128 images and this scale takes 5120"),
     ],
 )
