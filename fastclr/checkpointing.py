@@ -1,16 +1,23 @@
 """Checkpoints: DeepSpeed's files, the weights in safetensors, and fastclr.json; whole or not there.
 
 DeepSpeed moves its own ``latest`` before the other ranks have written, so it is not used: a
-checkpoint is written under a temporary name, hashed, synced to disk and renamed. The newest one
-whose files have their hashes is gone on from; ``latest`` and ``best`` only say names.
+checkpoint is written under a temporary name, hashed, synced to disk and renamed, by the last start
+of the run alone (``fencing.py``). The newest one whose files have their hashes is gone on from;
+``latest`` and ``best`` only say names.
+
+DeepSpeed unpickles its files. Nothing of a checkpoint is loaded before it is known that its files
+are those of its list, plain ones, and not written by others than this user.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,21 +26,26 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastclr import fencing
+from fastclr.collectives import from_first, together
 from fastclr.config import ConfigError
 from fastclr.facts import versions
-from fastclr.files import sha256_of, sync, write_json
+from fastclr.fencing import Fence
+from fastclr.files import plain_files, sha256_of, sync, write_json, written_by_others
 from fastclr.optim import LARS
 
 logger = logging.getLogger(__name__)
 
-FACTS = "fastclr.json"
+FACTS, SEAL = "fastclr.json", "sha256_of_the_rest"
 LAYERS = "lars.safetensors"
 PROBE = "probe.safetensors"
 WEIGHTS = "model.safetensors"
 LATEST, BEST = "latest", "best"
+_LOADED = (".pt", ".safetensors")  # what DeepSpeed and this module would read
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ def save(
     folder: Path,
     facts: Mapping[str, Any],
     retention: Retention,
+    fence: Fence,
     lars: LARS | None = None,
     best: bool = False,
     probe: Mapping[str, torch.Tensor] | None = None,
@@ -65,6 +78,7 @@ def save(
         folder: The run's folder of checkpoints, shared by all ranks.
         facts: What fastclr needs to go on; has ``step``. Equal on every rank.
         retention: Which older ones are kept once the new one stands.
+        fence: The right to write there.
         lars: The engine's optimizer, if it is LARS: its layers are saved whole too, so that other
             ranks, another ZeRO stage or another precision can go on from them.
         best: Whether no earlier one scored higher.
@@ -75,37 +89,115 @@ def save(
 
     Raises:
         FloatingPointError: If a weight is not finite; on every rank, and nothing is kept.
+        OSError: If it cannot be written; on every rank. The last checkpoint stands.
+        ConfigError: If a later start of the run has taken over; likewise.
     """
     name = f"step-{facts['step']:07d}"
-    final, partial = folder / name, folder / f".{name}.partial"
-    is_main = dist.get_rank() == 0
-    if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    _refuse_non_finite(engine, _save_weights(engine, partial / WEIGHTS), facts["step"])
-    engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-    layers = lars.layer_state() if lars else {}
-    if is_main and layers:
-        save_file(layers, partial / LAYERS)
-    if is_main and probe:
-        save_file({k: v.cpu().contiguous() for k, v in probe.items()}, partial / PROBE)
-    dist.barrier()  # every rank has written
-    if is_main:
-        files = [p for p in sorted(partial.rglob("*")) if p.is_file()]
-        hashes = {p.relative_to(partial).as_posix(): sha256_of(p) for p in files}
-        for path in (*files, partial):
-            sync(path)
-        stamp = {"layout": _layout(engine), "versions": versions(), "sha256": hashes}
-        write_json(partial / FACTS, {**facts, **stamp})
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
-        partial.replace(final)
-        sync(folder)
-        for pointer in (LATEST, BEST) if best else (LATEST,):
-            write_json(folder / pointer, name)
-        _prune(folder, retention)
-    dist.barrier()
-    return final
+    partial = folder / f".{name}.{fence.writer.number}.partial"
+    try:
+        with together(), _disk_named(folder):
+            if dist.get_rank() == 0:
+                fence.check()
+                for old in folder.glob(".step-*.partial"):  # of starts that were killed
+                    shutil.rmtree(old, ignore_errors=True)
+                partial.mkdir(parents=True, mode=0o755)
+        failures = _save_weights(engine, partial / WEIGHTS, facts["step"])
+        _raise_first(failures, folder)
+        with _failures_kept(engine) as failures:
+            engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+        _raise_first(failures, folder)
+        layers = lars.layer_state() if lars else {}
+        with together(), _disk_named(folder):
+            if dist.get_rank() == 0:
+                for file, state in ((LAYERS, layers), (PROBE, probe)):
+                    if state:
+                        save_file(
+                            {k: v.cpu().contiguous() for k, v in state.items()}, partial / file
+                        )
+        with together(), _disk_named(folder):  # every rank has written
+            if dist.get_rank() == 0:
+                _commit(partial, folder / name, {**facts, "layout": _layout(engine)}, fence)
+                for pointer in (LATEST, BEST) if best else (LATEST,):
+                    _point(folder / pointer, name)
+                _prune(folder, retention)
+    except BaseException:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # it would take room that is needed
+        raise
+    return folder / name
+
+
+def _commit(partial: Path, final: Path, facts: Mapping[str, Any], fence: Fence) -> None:
+    """Put a checkpoint that is written, complete and on the disk, where it is looked for."""
+    files = plain_files(partial)
+    hashes = {p.relative_to(partial).as_posix(): sha256_of(p) for p in files}
+    for path in (*files, partial):
+        with suppress(PermissionError):  # storage without modes
+            path.chmod(path.stat().st_mode & ~0o022)
+        sync(path)
+    owner = {"run": fence.writer.run, "start": fence.writer.number}
+    settings = final.parent.parent / "config.json"
+    stamp = {"versions": versions(), "sha256": hashes, "config_sha256": None}
+    if settings.is_file():
+        stamp["config_sha256"] = sha256_of(settings)
+    whole = {**facts, **owner, **stamp}
+    write_json(partial / FACTS, {**whole, SEAL: _seal(whole)})
+    sync(partial)
+    fence.check()
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
+    partial.replace(final)
+    sync(final.parent)
+
+
+def _point(pointer: Path, name: str) -> None:
+    """Let a pointer name a checkpoint; a folder that is in its way is put aside."""
+    if pointer.is_dir() and not pointer.is_symlink():
+        pointer.rename(pointer.with_name(f"{pointer.name}.was-a-folder"))
+    write_json(pointer, name)
+
+
+@contextmanager
+def _disk_named(folder: Path) -> Iterator[None]:
+    """Turn what is raised when a file cannot be written into one error that says where."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = "unknown"
+        with suppress(OSError):
+            free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
+        raise OSError(
+            f"a checkpoint in {folder} cannot be written: {error} (free on its disk: {free}). The "
+            "last one stands: make room or mend the disk, and start the same command again."
+        ) from error
+
+
+def _raise_first(failures: list[Exception], folder: Path) -> None:
+    """Raise, on every rank, what one of them could not write for.
+
+    Raised only here, after the collectives in between: one that a rank leaves alone hangs.
+    """
+    with together(), _disk_named(folder):
+        if failures:
+            raise failures[0]
+
+
+@contextmanager
+def _failures_kept(engine: Any) -> Iterator[list[Exception]]:
+    """Let DeepSpeed go on when a file cannot be written: the other ranks wait in its barriers."""
+    writer, failures = engine.checkpoint_engine, []
+    save_one = writer.save
+
+    def keep(*args: Any, **options: Any) -> None:
+        try:
+            save_one(*args, **options)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises the second
+            failures.append(OSError(f"{options.get('path') or args[-1]}: {error}"))
+
+    writer.save = keep
+    try:
+        yield failures
+    finally:
+        del writer.save
 
 
 def _prune(folder: Path, retention: Retention) -> None:
@@ -122,52 +214,81 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / FACTS).is_file())
 
 
-def latest(folder: Path) -> Path | None:
+def latest(folder: Path, run: str | None = None) -> Path | None:
     """Return the newest checkpoint whose files have their hashes; None for a new run.
 
     A damaged one is named in a warning and passed over.
+
+    Args:
+        folder: The run's folder of checkpoints.
+        run: Name of the run that they must be of; None for any.
 
     Raises:
         ConfigError: If there are checkpoints and all are damaged.
     """
     checkpoints = list_checkpoints(folder)[::-1]
     for checkpoint in checkpoints:
-        damage = _damage(checkpoint)
+        damage = _damage(checkpoint, run)
         if damage is None:
             pointer = _named(folder, LATEST)
             if pointer != checkpoint.name:
                 logger.warning(
-                    "%s says %r; %s is the newest whole one", folder / LATEST, pointer, checkpoint
+                    "%s says %r; %s is the newest whole one",
+                    folder / LATEST,
+                    pointer and pointer[:100],
+                    checkpoint,
                 )
             return checkpoint
         logger.warning("%s: it is passed over for the one before it", damage)
     if checkpoints or (folder / LATEST).exists():
         raise ConfigError(
             f"{folder} holds no whole checkpoint of the {len(checkpoints)} there "
-            f"({_damage(checkpoints[0]) if checkpoints else 'latest names one that is gone'}): "
-            "nothing is started over silently. Restore one, or use a new --run-dir."
+            f"({_damage(checkpoints[0], run) if checkpoints else 'latest names one that is gone'}):"
+            " nothing is started over silently. Restore one, or use a new --run-dir."
         )
     return None
 
 
-def choose(folder: Path, given: Path | None, device: torch.device) -> Path | None:
+def choose(folder: Path, given: Path | None, fence: Fence) -> Path | None:
     """Return the run's own newest checkpoint, or else the given one; every rank calls this.
 
     Rank 0 alone reads and hashes.
 
+    Args:
+        folder: The run's folder of checkpoints.
+        given: Checkpoint of another run that a new run goes on from.
+        fence: The right to write there.
+
     Raises:
-        ConfigError: On every rank, as :func:`latest` and :func:`verified` do.
+        ConfigError: On every rank, as :func:`latest` and :func:`verified` do, or if others than
+            this user could have written it: it will be unpickled.
     """
-    found: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            found[0] = latest(folder) or (verified(given) if given else None)
-        except ConfigError as error:
-            found[1] = str(error)
-    dist.broadcast_object_list(found, device=device)
-    if found[1]:
-        raise ConfigError(found[1])
-    return found[0]
+    found = None
+    with together():
+        if dist.get_rank() == 0:
+            found = latest(folder, None if fence.is_first else fence.writer.run)
+            ours: set[int] = set()
+            if found:  # storage may call us another user: as it does with what we have just written
+                ours = {(fence.run_dir / fencing.WRITER).stat().st_uid}
+            elif given:
+                found = verified(given)
+            if found:
+                _refuse_foreign(found, ours)
+    return from_first(found)
+
+
+def _refuse_foreign(checkpoint: Path, ours: set[int]) -> None:
+    """Refuse to unpickle what others could have written."""
+    if os.environ.get("FASTCLR_TRUST_FOLDER") == "1":
+        return
+    for path in (checkpoint, *plain_files(checkpoint)):
+        if reason := written_by_others(path, ours):
+            raise ConfigError(
+                f"{reason}: whoever wrote it could run programs here, because DeepSpeed unpickles "
+                f"its files. If you trust all of {checkpoint}, own it and `chmod -R go-w` it, or "
+                "set FASTCLR_TRUST_FOLDER=1; weights alone are safe: --initial-weights "
+                f"{checkpoint / WEIGHTS}."
+            )
 
 
 def verified(checkpoint: Path) -> Path:
@@ -181,22 +302,55 @@ def verified(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _damage(checkpoint: Path) -> str | None:
-    """Say what is wrong with a checkpoint."""
+def _damage(checkpoint: Path, run: str | None = None) -> str | None:
+    """Say what is wrong with a checkpoint; nothing of it is unpickled."""
     try:
-        for name, digest in read_facts(checkpoint)["sha256"].items():
-            if sha256_of(checkpoint / name) != digest:
-                return f"{checkpoint / name} does not have the sha256 it was saved with"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        # Before anything is opened: a pipe would never end.
+        files = {p.relative_to(checkpoint).as_posix() for p in plain_files(checkpoint)} - {FACTS}
+        facts = _sealed_facts(checkpoint / FACTS)
+        hashes, name = facts["sha256"], checkpoint.name
+        said = f"step {facts['step']} of run {facts.get('run', 'unknown')}"
+        if name.startswith("step-") and name != f"step-{facts['step']:07d}":
+            return f"{checkpoint} holds {said}"
+        if run and facts.get("run", run) != run:
+            return f"{checkpoint} holds {said}, and this is run {run}"
+        for name in sorted(set(hashes) - files):
+            return f"{checkpoint / name} is missing in {said}"
+        for name in sorted(files - set(hashes)):
+            if name.endswith(_LOADED):
+                return f"{checkpoint / name} is none of the files of {said}"
+        for name, digest in hashes.items():
+            if (found := sha256_of(checkpoint / name)) != digest:
+                return (
+                    f"{checkpoint / name} does not have the sha256 it was saved with in {said}: "
+                    f"{found}, not {digest}"
+                )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"{checkpoint} cannot be read ({type(error).__name__}: {error})"
     return None
+
+
+def _sealed_facts(file: Path) -> dict[str, Any]:
+    """Read a fastclr.json as it was written, to the byte; older ones have no seal."""
+    text = file.read_text(encoding="utf-8")
+    facts = json.loads(text)
+    rest = {key: value for key, value in facts.items() if key != SEAL}
+    is_whole = facts.get(SEAL) == _seal(rest) and text == json.dumps(facts, indent=1)
+    if not is_whole and (SEAL in facts or "run" in facts):
+        raise ValueError(f"{file.name} is not as it was written")
+    return facts
+
+
+def _seal(facts: Mapping[str, Any]) -> str:
+    """Return the sha256 of facts."""
+    return hashlib.sha256(json.dumps(facts, indent=1).encode()).hexdigest()
 
 
 def _named(folder: Path, pointer: str) -> str | None:
     """Return what a pointer file names, or None."""
     try:
         return str(json.loads((folder / pointer).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -268,22 +422,11 @@ def _load_weights(engine: DeepSpeedEngine, file: Path) -> None:
         module.load_state_dict(state)
 
 
-def _refuse_non_finite(engine: DeepSpeedEngine, name: str | None, step: int) -> None:
-    """Raise on every rank if rank 0 found a weight that is not finite."""
-    found = [name]
-    dist.broadcast_object_list(found, device=engine.device)
-    if found[0]:
-        raise FloatingPointError(
-            f"{found[0]} is not finite after step {step}: such weights are not saved, the last "
-            "checkpoint stands. Lower the learning rate, or raise the temperature."
-        )
-
-
-def _save_weights(engine: DeepSpeedEngine, file: Path) -> str | None:
+def _save_weights(engine: DeepSpeedEngine, file: Path, step: int) -> list[Exception]:
     """Write the module's whole state on rank 0; gathers it under ZeRO stage 3.
 
     Returns:
-        The name of a tensor that is not finite, on rank 0, and then writes nothing.
+        On rank 0, why it could not be written, or that a tensor is not finite; else nothing.
     """
     sharded = engine.zero_optimization_partition_weights()
     module = cast(nn.Module, engine.module)
@@ -293,6 +436,13 @@ def _save_weights(engine: DeepSpeedEngine, file: Path) -> str | None:
             state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
             for name, tensor in state.items():
                 if not tensor.isfinite().all():
-                    return name
-            save_file(state, file)
-    return None
+                    what = (
+                        f"{name} is not finite after step {step}: such weights are not saved, the "
+                        "last checkpoint stands. Lower the learning rate, or raise the temperature."
+                    )
+                    return [FloatingPointError(what)]
+            try:
+                save_file(state, file)
+            except (OSError, SafetensorError) as error:
+                return [error]
+    return []

@@ -282,12 +282,15 @@ class FaultsConfig:
     Attributes:
         non_finite: ``stop``, or ``skip`` the batch; skipping waits for the device in each step.
         most_skipped: Batches skipped before the run stops after all.
+        compare_every: Steps between two comparisons of all ranks' weights, which find a bit that
+            was turned on one of them; before each checkpoint they are compared in any case.
         watchdog_seconds: How long any one thing may take, a collective's wait for another rank
             among them; then the process says which and leaves.
     """
 
     non_finite: Literal["stop", "skip"] = "stop"
     most_skipped: int = 10
+    compare_every: int = 100
     watchdog_seconds: float = 600.0
 
 
@@ -420,6 +423,7 @@ class Config:
             "evaluation.every_epochs": 1,
             "evaluation.most_images": 20,
             "faults.most_skipped": 0,
+            "faults.compare_every": 1,
             "faults.watchdog_seconds": 1,
         }.items():
             holder, _, key = name.rpartition(".")

@@ -79,7 +79,7 @@ def read(path: str | Path) -> JSON:
             f"DeepSpeed JSON {path} cannot be read ({error.strerror}): give --ds-config a file, or "
             f"the name of one that comes with fastclr: {', '.join(bundled())}."
         ) from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"DeepSpeed JSON {path} is no JSON: {error}.") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"DeepSpeed JSON {path} holds a {type(loaded).__name__}, no object.")

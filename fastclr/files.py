@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,35 @@ def sync(path: Path) -> None:
 def write_json(file: Path, value: Any) -> None:
     """Write JSON with :func:`write_durably`."""
     write_durably(file, json.dumps(value, indent=1))
+
+
+def plain_files(folder: Path) -> list[Path]:
+    """Return all files below a folder, in order.
+
+    Raises:
+        ValueError: At a link, a pipe or anything else that is no plain file or folder.
+        OSError: If it cannot be read.
+    """
+    found: list[Path] = []
+    for path in sorted(folder.rglob("*")):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode):
+            found.append(path)
+        elif not stat.S_ISDIR(mode):
+            raise ValueError(f"{path} is a link or a special file")
+    return found
+
+
+def written_by_others(path: Path, ours: set[int]) -> str:
+    """Say who else may have put something into a file or folder; "" if nobody.
+
+    Args:
+        path: File or folder.
+        ours: User ids that are ours on its storage, besides root and the one of this process.
+    """
+    found = path.stat()
+    if found.st_uid not in {os.geteuid(), 0} | ours:
+        return f"{path} belongs to user {found.st_uid}"
+    if found.st_mode & 0o022:
+        return f"{path} may be written by others (mode {found.st_mode & 0o777:o})"
+    return ""

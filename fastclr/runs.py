@@ -21,6 +21,7 @@ from fastclr import (
     data_sets,
     ds_config,
     evaluations,
+    fencing,
     foreign_weights,
     losses,
 )
@@ -55,7 +56,7 @@ VOLATILE = (
     "data.num_threads", "data.prefetch", "data.in_memory",
     "data.on_damage", "data.most_damaged", "evaluation.test", "evaluation.train",
     "evaluation.every_epochs", "evaluation.most_images", "faults.non_finite",
-    "faults.most_skipped", "faults.watchdog_seconds",
+    "faults.most_skipped", "faults.compare_every", "faults.watchdog_seconds",
 )  # fmt: skip
 
 
@@ -154,6 +155,7 @@ def prepare(
     config = data_sets.settle_backend(config, device)
     data_set = data_sets.open_data(config.data.train, config.data)
     _refuse_another_run(Path(config.run_dir), config)
+    fencing.refuse_if_taken(Path(config.run_dir))
     _share_cores(world)
     micro_batch_size = ds_config.images_per_rank(ds, world)
     loader = data_sets.training_loader(config, data_set, micro_batch_size, world, device)
@@ -345,7 +347,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{file} cannot be read ({error}): {file.parent} is no folder of a finished run. Name "
             "the --run-dir of a training run."

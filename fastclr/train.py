@@ -25,6 +25,7 @@ from fastclr.cli import guard
 from fastclr.config import Config
 from fastclr.facts import typed
 from fastclr.interruption import EXIT_PEER_LOST, EXIT_PREEMPTED, Interruption
+from fastclr.launchers import watch
 from fastclr.recipes import RECIPES
 from fastclr.world import World
 
@@ -63,6 +64,7 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: Flags of ``fastclr train``; None takes the process's own.
     """
+    watch()
     is_script = words is None
     program = "deepspeed fastclr/train.py" if is_script else "fastclr train"
     config, ds_config = parse(sys.argv[1:] if words is None else words, program)

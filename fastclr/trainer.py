@@ -9,7 +9,6 @@ import functools
 import logging
 import math
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -21,7 +20,7 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from torch import nn
 
-from fastclr import checkpointing, collectives, engine, ledger
+from fastclr import agreement, checkpointing, collectives, engine, fencing, ledger
 from fastclr.batch import Batch
 from fastclr.batch_norm import has_batch_norm
 from fastclr.checkpointing import Retention
@@ -34,11 +33,12 @@ from fastclr.files import write_json
 from fastclr.finite import FiniteGuard, NonFiniteLoss
 from fastclr.interruption import Interruption, Preempted, WaitInterrupted
 from fastclr.losses import gradient_cache
-from fastclr.metrics import MetricsLog, Row, RowLog, memory_gib
+from fastclr.metrics import MetricsLog, RowLog
 from fastclr.optim import LARS
 from fastclr.optim.schedules import Schedule
 from fastclr.simclr import SimCLR
 from fastclr.watchdog import Watchdog
+from fastclr.window import Window
 from fastclr.world import World
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ class Trainer:
         self._seconds_before = 0.0  # training time of earlier starts
         self._saved_step = -1
         self._scores: RowLog | None = None
-        self._ledger: Any = None  # from fit on
+        self._ledger: Any = None  # from fit on, as is the next
+        self._fence: Any = None
         self._finite = FiniteGuard(self.world)
         self._watchdog = Watchdog(
             faults.watchdog_seconds, self.world.rank, self.world.num_ranks, self.run_dir
@@ -212,6 +213,7 @@ class Trainer:
             stack.enter_context(self._watchdog)
             stack.enter_context(self._watchdog.names_lost_peers())
             self._start_engine(loader)
+            self._fence = stack.enter_context(fencing.taken(self.run_dir))
             self._resume(loader)
             if epochs is not None:
                 self.total_steps = max(1, round(epochs * loader.batches_per_epoch))
@@ -224,7 +226,7 @@ class Trainer:
         """Step until the end; log, evaluate and save on the way."""
         save_every = self.checkpoint_every or loader.batches_per_epoch
         evaluate_every = self.evaluate_every or loader.batches_per_epoch
-        window = _Window(self, loader)
+        window = Window(self, loader)
         position = loader.state_dict()
         batches = iter(loader)
         self.clock.start()
@@ -246,8 +248,11 @@ class Trainer:
                 row = window.close(loss, statistics)
                 self._ledger.write()
                 if log:
+                    self._fence.check()  # the file is the last start's
                     log.write(row, self.total_steps)
             is_best = False
+            if self.step % self.faults.compare_every == 0:
+                self._compare_ranks()
             if self.evaluation and (is_last or self.step % evaluate_every == 0):
                 is_best = self._evaluate(self.evaluation, self.step / loader.batches_per_epoch)
             if is_last or is_best or self.step % save_every == 0:
@@ -257,16 +262,29 @@ class Trainer:
         self.clock.pause()
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
-        """Return the next batch, or None on every rank if one of them got a signal."""
-        batch = None
+        """Return the next batch, or None on every rank if one of them got a signal.
+
+        Raises:
+            Exception: On every rank, what one of them could not read its batch for.
+        """
+        batch, error = None, None
         try:
             with self._watchdog.phase("data", self.step), self.interruption.breaks_waits():
                 batch = next(batches)
         except WaitInterrupted:
             pass
+        except StopIteration:
+            error = RuntimeError(f"the loader ended after step {self.step}: it has to be endless")
+        except Exception as caught:  # the others learn of it here, and not by waiting
+            error = caught
         with self._watchdog.phase("waiting for the other ranks", self.step):
-            stops = collectives.any_rank(self.interruption.requested is not None)
-        return None if stops else batch
+            stops = self.interruption.requested is not None
+            if not collectives.any_rank(stops or error is not None):
+                return batch
+            with collectives.together():
+                if error is not None:
+                    raise error
+        return None
 
     def _leave(self, position: dict[str, Any]) -> NoReturn:
         """Save and stop, because of a signal to one of the ranks."""
@@ -307,6 +325,12 @@ class Trainer:
         write_json(file, {"step": self.step + 1, "seed": self.seed, "sample_ids": sample_ids})
         return file
 
+    def _compare_ranks(self) -> None:
+        """Stop if a rank's weights are not those of the others."""
+        with self._watchdog.phase("comparing the ranks", self.step):
+            local = self.batch_norm == "local"
+            agreement.check(self.engine, self.step, self.world, has_local_statistics=local)
+
     def _evaluate(self, evaluation: Evaluation, epoch: float) -> bool:
         """Score the encoder; return whether it is the best so far."""
         with self.clock.apart("evaluation"), self._watchdog.phase("evaluation", self.step):
@@ -314,6 +338,7 @@ class Trainer:
         is_best = scores["knn_top1"] > self.best_score
         self.best_score = max(self.best_score, scores["knn_top1"])
         if self._scores:
+            self._fence.check()
             seconds = self.clock.apart_seconds["evaluation"]
             place = {"step": self.step, "images": self.images, "epoch": epoch}
             self._scores.write({**place, **scores, "evaluation_seconds": seconds})
@@ -409,18 +434,21 @@ class Trainer:
             "loader": position,
         }
         probe = self.probe.state_dict() if self.probe else None
+        self._compare_ranks()
         with self.clock.apart("checkpoint"), self._watchdog.phase("checkpoint", self.step):
-            self._ledger.commit()
+            with collectives.together():  # a full disk is one rank's, and all stop
+                self._ledger.commit()
             checkpointing.save(
-                self.engine, self._checkpoints, facts, self.retention, self._lars, is_best, probe
-            )
+                self.engine, self._checkpoints, facts, self.retention, self._fence, self._lars,
+                is_best, probe,
+            )  # fmt: skip
         self._saved_step = self.step
 
     def _resume(self, loader: BatchSource) -> None:
         """Load what there is to go on from."""
         # 1. The run's own newest whole checkpoint; 2. the one that was given; 3. the model as it
         # is, with the initial weights it was given, or 4. those that are a function of the seed.
-        checkpoint = checkpointing.choose(self._checkpoints, self.start_from, self.device)
+        checkpoint = checkpointing.choose(self._checkpoints, self.start_from, self._fence)
         if checkpoint is None:
             return
         facts = checkpointing.load(self.engine, checkpoint, self._lars, self.probe)
@@ -454,47 +482,3 @@ class Trainer:
             damaged_samples=self.damaged_samples,
             checkpoint=str(checkpointing.latest(self._checkpoints)),
         )
-
-
-class _Window:
-    """Steps since the last log row; the only place that waits for the device."""
-
-    def __init__(self, trainer: Trainer, loader: BatchSource) -> None:
-        self._trainer, self._loader = trainer, loader
-        self.reopen()
-
-    def reopen(self) -> None:
-        """Begin a new window here."""
-        self._time = time.perf_counter()
-        self._first = (self._trainer.step, self._trainer.images, self._loader.wait_seconds)
-
-    def close(self, loss: torch.Tensor, statistics: dict[str, torch.Tensor]) -> Row:
-        """Return the row of this window, and begin the next."""
-        trainer = self._trainer
-        means = torch.stack([loss.float(), *statistics.values()]) / trainer.world.num_ranks
-        damaged = torch.tensor([float(self._loader.num_damaged)], device=means.device)
-        values = torch.cat([means, damaged])
-        dist.all_reduce(values)
-        mean_loss, *others, damaged_samples = values.tolist()
-        trainer.damaged_samples = round(damaged_samples)
-        seconds = time.perf_counter() - self._time
-        step, images, waited = self._first
-        steps = trainer.step - step
-        total = trainer.total_steps
-        row = {
-            "step": trainer.step,
-            "epoch": trainer.step / self._loader.batches_per_epoch,
-            "images": trainer.images,
-            "loss": mean_loss,
-            **dict(zip(statistics, others, strict=True)),
-            "learning_rate": trainer.engine.optimizer.param_groups[0]["lr"],
-            "images_per_second": (trainer.images - images) / seconds,
-            "data_wait_fraction": (self._loader.wait_seconds - waited) / seconds,
-            "damaged_samples": trainer.damaged_samples,
-            "step_seconds": seconds / max(1, steps),
-            "memory_gib": memory_gib(trainer.device),
-            "eta_seconds": None if total is None else (total - trainer.step) * seconds / steps,
-            "training_seconds": trainer.clock.training_seconds,
-        }
-        self.reopen()
-        return row

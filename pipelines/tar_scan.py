@@ -95,7 +95,7 @@ def members(stream: BinaryIO, problems: list[str]) -> Iterator[Member]:
             return
         stream.seek(tar.offset)
         mark = stream.read(BLOCK)
-    if mark.strip(b"\0") or (mark and len(mark) < BLOCK):
+    if mark.strip(b"\0") or len(mark) < BLOCK:  # also where it ends behind a whole member
         problems.append(f"the tar is damaged or cut at byte {tar.offset} of {length}")
 
 

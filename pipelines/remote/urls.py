@@ -100,6 +100,11 @@ def internal_refused(addresses: Sequence[str]) -> str | None:
     return None
 
 
+def link_local_refused(addresses: Sequence[str]) -> str | None:
+    """Say why a host that was named is not asked: clouds hand out credentials there."""
+    return internal_refused([a for a in addresses if any(ip.is_link_local for ip in _meanings(a))])
+
+
 def redirect_refused(
     old: str, new: str, addresses: Sequence[str], *, named_is_internal: bool
 ) -> str | None:
@@ -120,5 +125,4 @@ def redirect_refused(
         return f"it changes {schemes[0]} to {schemes[1]}"
     if not named_is_internal:
         return internal_refused(addresses)
-    link_local = [a for a in addresses if any(ip.is_link_local for ip in _meanings(a))]
-    return internal_refused(link_local)
+    return link_local_refused(addresses)

@@ -33,6 +33,7 @@ from pipelines.remote.transfer import Transfer
 from pipelines.remote.urls import (
     internal_refused,
     is_internal,
+    link_local_refused,
     protocol_of,
     redacted,
     redirect_refused,
@@ -176,7 +177,8 @@ class _Hop:
             Final: If the URL or a redirect leads where it must not.
             Again: If there are too many of them.
         """
-        if public_only and (reason := internal_refused(self.addresses)):
+        refused = internal_refused if public_only else link_local_refused
+        if reason := refused(self.addresses):
             raise Final(f"it is not asked: {reason}")
         named, hop = self, self
         named_is_internal = any(map(is_internal, named.addresses))

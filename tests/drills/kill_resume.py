@@ -5,7 +5,7 @@ python tests/drills/kill_resume.py [--runs 50] [--ranks 1] [--stage 0] [--seed 0
 SIGKILL hits all ranks at once, at an instant drawn uniformly from a whole run: in a step, while a
 checkpoint is written, between epochs, before the first step. What counts is the end: weights,
 momenta, position and every logged loss must be equal bit for bit. One line a run; exit 1 if one
-differs.
+differs. Drill A1 is the same.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,32 +27,22 @@ from fastclr import checkpointing
 MOST_KILLS = 3  # of one run, then it may finish
 
 
-def drill(folder: Path, ranks: int, stage: int, num_runs: int, seed: int) -> int:
-    """Print one line a run and a summary; return how many ended differently."""
+def killed_runs(
+    folder: Path, ranks: int, stage: int, seed: int
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield where each run was killed, and in what its end differs; without end."""
     started = time.monotonic()
-    whole = Ranks(folder, ranks, partial(train, folder, folder / "whole", stage))
+    run_dir = folder / f"whole{ranks}"
+    whole = Ranks(folder, ranks, partial(train, folder, run_dir, stage))
     assert whole.wait() and not any(whole.codes), whole.said()
     duration = time.monotonic() - started
-    expected = outcome(folder / "whole")
-    generator = random.Random(seed)
-    failures, where = 0, Counter[str]()
-    for number in range(num_runs):
+    expected, generator = outcome(run_dir), random.Random(seed)
+    while True:
         kills: list[str] = []
         while not kills:  # a run that was faster than the first may have escaped
             kills = kill_and_resume(folder, ranks, stage, generator, duration)
-        where.update(kill.split()[0] for kill in kills)
         found = outcome(folder / "killed")
-        wrong = [name for name, value in expected.items() if found[name] != value]
-        failures += bool(wrong)
-        verdict = f"DIFFERS in {', '.join(wrong)}" if wrong else "equal"
-        print(f"run {number}: killed {'; '.join(kills)}: {verdict}", flush=True)
-    moments = ", ".join(f"{count} {name}" for name, count in sorted(where.items()))
-    print(
-        f"kill_resume, {ranks} ranks, stage {stage}, seed {seed}: {num_runs - failures} of "
-        f"{num_runs} equal bit for bit to the run nobody killed, after {sum(where.values())} kills "
-        f"({moments})"
-    )
-    return failures
+        yield kills, [name for name, value in expected.items() if found[name] != value]
 
 
 def kill_and_resume(
@@ -86,8 +77,21 @@ def main() -> int:
     parser.add_argument("--stage", type=int, default=0, help="ZeRO stage (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the instants (default: 0)")
     args = parser.parse_args()
+    failures, where = 0, Counter[str]()
     with small_data() as folder:
-        return 1 if drill(folder, args.ranks, args.stage, args.runs, args.seed) else 0
+        found = killed_runs(folder, args.ranks, args.stage, args.seed)
+        for number, (kills, wrong) in zip(range(args.runs), found, strict=False):
+            where.update(kill.split()[0] for kill in kills)
+            failures += bool(wrong)
+            verdict = f"DIFFERS in {', '.join(wrong)}" if wrong else "equal"
+            print(f"run {number}: killed {'; '.join(kills)}: {verdict}", flush=True)
+    moments = ", ".join(f"{count} {name}" for name, count in sorted(where.items()))
+    print(
+        f"kill_resume, {args.ranks} ranks, stage {args.stage}, seed {args.seed}: "
+        f"{args.runs - failures} of {args.runs} equal bit for bit to the run nobody killed, after "
+        f"{sum(where.values())} kills ({moments})"
+    )
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

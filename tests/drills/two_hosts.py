@@ -1,9 +1,7 @@
-"""Train over two "hosts", network namespaces joined by a cable; pull it mid-run, plug it in, go on.
+"""Two "hosts", network namespaces joined by a cable, on which a run is started as users start it.
 
-python tests/drills/two_hosts.py
-
-Started as users start several nodes: `deepspeed --hostfile ... --no_ssh --node_rank R` on each, and
-torchrun. Needs the right to make network namespaces (root); prints why and exits 77 without it.
+``deepspeed --hostfile ... --no_ssh --node_rank R`` on each, and torchrun. Needs the right to make
+network namespaces (root).
 """
 
 from __future__ import annotations
@@ -13,11 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from forks import outcome, small_data
+from forks import outcome
 
 from fastclr import checkpointing
 
@@ -25,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 CABLE = ("fclr0", "fclr1")
 NAMES = (f"fastclr-{os.getpid()}-0", f"fastclr-{os.getpid()}-1")
-EXIT_SKIPPED = 77
 WATCHDOG_SECONDS = 5
 FLAGS = (
     "--recipe demo --global-batch-size 16 --epochs 24 --log-every 1 --checkpoint-every 10 "
@@ -102,49 +99,39 @@ def wait(processes: list[subprocess.Popen[str]], seconds: float) -> list[int]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def drill(folder: Path) -> None:
-    """Train whole; train with the cable pulled; compare."""
-    codes = wait(start(folder, folder / "whole", "deepspeed"), 120)
-    assert codes == [0, 0], said(folder)
-    expected = outcome(folder / "whole")
-    print("two hosts, deepspeed --no_ssh: trained, exit 0 and 0", flush=True)
-
+def phases(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Yield what is tried, in order: trained whole, with the cable pulled, plugged in again."""
     run_dir = folder / "cut"
-    processes = start(folder, run_dir, "deepspeed")
-    deadline = time.monotonic() + 90
-    while not (run_dir / "checkpoints/step-0000020").exists():
-        assert time.monotonic() < deadline and processes[0].poll() is None, said(folder)
-        time.sleep(0.01)
-    ip("-n", NAMES[0], "link", "set", CABLE[0], "down")
-    started = time.monotonic()
-    codes = wait(processes, 60)
-    seconds = time.monotonic() - started
-    ip("-n", NAMES[0], "link", "set", CABLE[0], "up")
-    assert codes == [76, 76], (codes, said(folder))
-    saved = checkpointing.latest(run_dir / "checkpoints")
-    assert saved is not None and saved.name < f"step-{expected['step']:07d}"
-    print(
-        f"two hosts, cable pulled after {saved.name}: both left with 76 after {seconds:.0f} s "
-        f"({WATCHDOG_SECONDS} s allowed)",
-        flush=True,
-    )
-    codes = wait(start(folder, run_dir, "torchrun"), 120)
-    assert codes == [0, 0], said(folder)
-    assert "going on from" in said(folder)
-    assert outcome(run_dir) == expected, "the end is another"
-    print("two hosts, plugged in again, torchrun: gone on to the same end, bit for bit")
 
+    def whole() -> str:
+        codes = wait(start(folder, folder / "whole", "deepspeed"), 120)
+        assert codes == [0, 0], said(folder)
+        return "trained"
 
-def main() -> int:
-    """Run the drill, or say why it cannot be."""
-    try:
-        with hosts(), small_data() as folder:
-            drill(folder)
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"two hosts: not run, no network namespaces here: {error}")
-        return EXIT_SKIPPED
-    return 0
+    def pulled() -> str:
+        processes = start(folder, run_dir, "deepspeed")
+        deadline = time.monotonic() + 90
+        while not (run_dir / "checkpoints/step-0000020").exists():
+            assert time.monotonic() < deadline and processes[0].poll() is None, said(folder)
+            time.sleep(0.01)
+        ip("-n", NAMES[0], "link", "set", CABLE[0], "down")
+        started = time.monotonic()
+        codes = wait(processes, 60)
+        seconds = time.monotonic() - started
+        ip("-n", NAMES[0], "link", "set", CABLE[0], "up")
+        assert codes == [76, 76], (codes, said(folder))
+        saved = checkpointing.latest(run_dir / "checkpoints")
+        assert saved is not None
+        assert saved.name < f"step-{outcome(folder / 'whole')['step']:07d}"
+        return f"both left after {seconds:.0f} s ({WATCHDOG_SECONDS} allowed)"
 
+    def plugged_in() -> str:
+        codes = wait(start(folder, run_dir, "torchrun"), 120)
+        assert codes == [0, 0], said(folder)
+        assert "going on from" in said(folder)
+        assert outcome(run_dir) == outcome(folder / "whole"), "the end is another"
+        return "gone on to the same end"
 
-if __name__ == "__main__":
-    sys.exit(main())
+    yield "deepspeed", whole
+    yield "the cable pulled", pulled
+    yield "plugged in, torchrun", plugged_in

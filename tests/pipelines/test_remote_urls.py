@@ -211,6 +211,14 @@ def test_a_bad_redirect_is_refused_before_connecting(server, monkeypatch, target
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize("host", ["169.254.169.254", "[::ffff:169.254.169.254]", "[fe80::1]"])
+def test_where_clouds_hand_out_credentials_nobody_asks(host, monkeypatch):
+    monkeypatch.delenv("FASTCLR_ALLOW_INTERNAL", raising=False)
+    monkeypatch.setattr(socket, "create_connection", lambda *a, **k: pytest.fail("connected"))
+    with pytest.raises(StorageError, match=r"is not asked: .* is an internal address.*1 tries"):
+        fetch(f"http://{host}/latest/meta-data/", patience=SHORT)
+
+
 def test_the_public_internet_does_not_send_us_into_our_network(server, monkeypatch):
     monkeypatch.delenv("FASTCLR_ALLOW_INTERNAL", raising=False)
     monkeypatch.setattr(web, "is_internal", lambda address: False)  # the named host seems public
