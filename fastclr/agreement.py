@@ -58,9 +58,9 @@ def check(engine: Any, step: int, world: World, *, has_local_statistics: bool) -
         RanksDiffer: On every rank, if a copy differs in a bit; names the first tensor and the ranks
             whose copy is not that of most (of two ranks nobody knows which is right).
     """
-    if world.num_ranks == 1:
+    named = list(replicas(engine, has_local_statistics)) if world.num_ranks > 1 else []
+    if not named:  # stage 3 without buffers: nobody has a copy of another's
         return
-    named = list(replicas(engine, has_local_statistics))
     digest_T = torch.stack([digest(tensor) for _, tensor in named])
     gathered = [torch.empty_like(digest_T) for _ in range(world.num_ranks)]
     dist.all_gather(gathered, digest_T)

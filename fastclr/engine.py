@@ -71,6 +71,28 @@ def problems(
     return found
 
 
+@contextmanager
+def launcher_variables(world: World) -> Iterator[None]:
+    """Set what DeepSpeed asks a launcher for, at stage 3 in each step, where there is none.
+
+    It is gone afterwards: a later child process would take it for its own.
+    """
+    given = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "RANK": str(world.rank),
+        "LOCAL_RANK": str(world.local_rank),
+        "WORLD_SIZE": str(world.num_ranks),
+    }
+    missing = [] if "MASTER_ADDR" in os.environ else [k for k in given if k not in os.environ]
+    os.environ.update((name, given[name]) for name in missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
+
+
 def start(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
@@ -82,6 +104,8 @@ def start(
     timeout_seconds: float,
 ) -> Any:
     """Join the process group and build the DeepSpeed engine; every rank calls this.
+
+    Call it, and use the engine, within :func:`launcher_variables`.
 
     Args:
         model: To be trained.
@@ -102,11 +126,10 @@ def start(
     ds.setdefault("zero_force_ds_cpu_optimizer", False)  # offload for LARS too
     ds.setdefault("steps_per_print", 10**9)
     ds.setdefault("gradient_clipping", 0.0)  # since 0.19 DeepSpeed clips at norm 1 unless told
-    with _launcher_variables(world):
-        _init_distributed(world, device, timedelta(seconds=timeout_seconds))
-        if world.num_ranks > 1 and has_batch_norm(model):
-            model = _share_batch_norm(model, device, world, global_batch_norm)
-        engine = _initialize(model, optimizer, ds)
+    _init_distributed(world, device, timedelta(seconds=timeout_seconds))
+    if world.num_ranks > 1 and has_batch_norm(model):
+        model = _share_batch_norm(model, device, world, global_batch_norm)
+    engine = _initialize(model, optimizer, ds)
     if isinstance(optimizer, LARS):
         optimizer.attach(engine)
     if engine.optimizer is engine.basic_optimizer:
@@ -158,25 +181,6 @@ def _init_distributed(world: World, device: torch.device, timeout: timedelta) ->
     if not torch.distributed.is_initialized():
         init_process_group(backend, timeout)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-
-
-@contextmanager
-def _launcher_variables(world: World) -> Iterator[None]:
-    """Set what DeepSpeed asks a launcher for where there is none; no child process inherits it."""
-    given = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "RANK": str(world.rank),
-        "LOCAL_RANK": str(world.local_rank),
-        "WORLD_SIZE": str(world.num_ranks),
-    }
-    missing = [] if "MASTER_ADDR" in os.environ else [k for k in given if k not in os.environ]
-    os.environ.update((name, given[name]) for name in missing)
-    try:
-        yield
-    finally:
-        for name in missing:
-            del os.environ[name]
 
 
 def _free_port() -> int:

@@ -209,6 +209,7 @@ class Trainer:
             raise ConfigError(f"epochs is {epochs} and minutes is {minutes}: give exactly one.")
         self.check(loader)
         with ExitStack() as stack:
+            stack.enter_context(engine.launcher_variables(self.world))
             stack.enter_context(self.interruption)
             stack.enter_context(self._watchdog)
             stack.enter_context(self._watchdog.names_lost_peers())

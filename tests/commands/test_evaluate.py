@@ -177,7 +177,9 @@ def test_an_interrupted_call_goes_on_with_what_is_missing(
     score(opened(run, data, seed=4), ["knn"])  # other settings
     assert calls == ["knn", "knn"] and entries(run)["knn"]["settings"]["seed"] == 4
     calls.clear()
-    (run / "checkpoints" / "step-0000001").rename(run / "checkpoints" / "step-0000002")
+    later = (run / "checkpoints" / "step-0000001").rename(run / "checkpoints" / "step-0000002")
+    facts = json.loads((later / "fastclr.json").read_text())
+    (later / "fastclr.json").write_text(json.dumps({**facts, "step": 2}))
     score(opened(run, data, seed=4), ["knn"])  # another checkpoint
     assert calls == ["knn"]
 
