@@ -87,4 +87,5 @@ def _commit() -> tuple[str | None, bool | None]:
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSON lines, replacing the file."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)  # what was measured is not lost for it
     Path(path).write_text(text, encoding="utf-8")
