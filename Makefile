@@ -47,58 +47,6 @@ drills: .venv/.installed
 	python tests/drills/run.py $(FLAGS)
 
 check: .venv/.installed
-	python benchmarks/check.py $(FLAGS)
-
-test: .venv/.installed
-	python -m pytest $(FLAGS)
-
-verify: .venv/.installed
-	python tools/verify.py
-	for ranks in 1 2 4; do $(DEEPSPEED) --num_accelerators $$ranks tools/verify.py \
-		--ds-config tests/verify/stage3.json || exit 1; done
-	for ranks in 2 4; do $(DEEPSPEED) --num_accelerators $$ranks tools/verify.py || exit 1; done
-
-# Tier P of the drills; FLAGS="--tier L --out benchmarks/results" for a release.
-drills: .venv/.installed
-	python tests/drills/run.py $(FLAGS)
-
-check: .venv/.installed
-	python benchmarks/check.py $(FLAGS)
-
-test: .venv/.installed
-	python -m pytest $(FLAGS)
-
-verify: .venv/.installed
-	python tools/verify.py
-	for ranks in 1 2 4; do $(DEEPSPEED) --num_accelerators $$ranks tools/verify.py \
-		--ds-config tests/verify/stage3.json || exit 1; done
-	for ranks in 2 4; do $(DEEPSPEED) --num_accelerators $$ranks tools/verify.py || exit 1; done
-
-# Tier P of the drills; FLAGS="--tier L --out benchmarks/results" for a release.
-drills: .venv/.installed
-	python tests/drills/run.py $(FLAGS)
-
-check: .venv/.installed
-	python benchmarks/check.py $(FLAGS)
-
-test: .venv/.installed
-	python -m pytest $(FLAGS)
-
-verify: .venv/.installed
-	python tools/verify.py
-	for ranks in 1 2 4; do $(DEEPSPEED) --num_accelerators $$ranks tools/verify.py \
-		--ds-config tests/verify/stage3.json || exit 1; done
-	for ranks in 2 4; do $(DEEPSPEED) --num_accelerators $$ranks tools/verify.py || exit 1; done
-
-# The whole of the drills: half an hour; a small part of each is in the suite.
-drills: .venv/.installed
-	python tests/drills/kill_resume.py --runs 50
-	python tests/drills/kill_resume.py --runs 50 --ranks 2 --stage 1
-	python tests/drills/signals.py --instants 50
-	python tests/drills/faults.py
-	python tests/drills/two_hosts.py
-
-check: .venv/.installed
 	ruff format --check .
 	ruff check .
 	pyright

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import warnings
 from types import SimpleNamespace
@@ -209,7 +208,6 @@ def test_faiss_that_is_not_installed_is_asked_for(monkeypatch):
         knn_scores(features(30, 3, 0), features(9, 3, 1), impl="faiss")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
 def test_the_real_faiss_finds_the_same():
     train, test = features(300, 5, 2), features(80, 5, 3)
     assert knn_scores(train, test, impl="faiss") == knn_scores(train, test)
