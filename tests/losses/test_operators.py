@@ -163,7 +163,7 @@ def test_auto_says_why(caplog):
     name, reason = choose_implementation(rows, "nt_xent")
     assert name == "blocked" and "CPU" in reason
     contrastive._log_once.cache_clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="fastclr"):
         for _ in range(2):
             nt_xent(*pair(3))
     assert [r.message for r in caplog.records] == [f"contrastive loss: blocked, because {reason}"]
