@@ -19,7 +19,17 @@ IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IS_WORKER:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What takes longest, longest first: workers begin with it, so that none is left with it in the end.
-LONGEST = ("test_readme.py",)
+LONGEST = (
+    "test_readme.py", "matrix/test_matrix.py", "studies/test_studies.py",
+    "end_to_end/test_resume.py", "drills/test_drills.py", "pipelines/test_augment.py",
+    "verify/test_verify.py", "end_to_end/test_module.py", "commands/test_evaluate_ranks.py",
+    "test_wheel.py", "commands/test_study.py", "benchmarks/test_scaling.py",
+    "benchmarks/test_curves.py", "kernels/test_nt_xent_triton.py", "kernels/test_augment_triton.py",
+    "end_to_end/test_engines.py", "optim/test_zero.py", "evaluation/test_projection_2d.py",
+    "pipelines/test_remote_sets.py", "pipelines/test_packing.py", "kernels/test_lars_aot.py",
+    "kernels/test_augment_aot.py", "end_to_end/test_ranks.py", "throughput/test_throughput.py",
+    "commands/test_pretrain.py", "commands/test_evaluate.py", "benchmarks/test_peers.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

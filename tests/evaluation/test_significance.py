@@ -93,10 +93,10 @@ def test_it_is_never_certain_from_samples():
 
 
 def test_a_large_test_set_takes_no_time():
-    started = time.perf_counter()
+    started = time.process_time()
     a, b = answers(1_000_000, 40_000, 40_500)
     paired_permutation(a, b, np.arange(1_000_000) % 100)
-    assert time.perf_counter() - started < 8
+    assert time.process_time() - started < 8
 
 
 def test_other_images_are_refused():

@@ -137,12 +137,12 @@ def test_shards_and_samples_change_with_the_epoch() -> None:
 
 
 def test_a_billion_samples_are_arithmetic() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     order = BlockOrder(np.full(100_000, 10_000), seed=1)
     assert order.num_positions == 10**9
     ids = order.ids(3, 777_777_777, 777_777_777 + 512)
     assert len(np.unique(ids)) == 512
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_golden_blocks() -> None:
@@ -181,7 +181,7 @@ def test_the_next_window_is_where_new_shards_begin(data: st.DataObject) -> None:
 
 def test_the_next_window_is_found_in_a_billion_samples() -> None:
     order = BlockOrder(np.full(100_000, 10_000), seed=1)
-    started = time.perf_counter()
+    started = time.process_time()
     assert next_window(order, 0, 5, 10**9)[0] == 160_000
     assert next_window(order, 0, 10**9 - 160_000, 10**9) == (10**9, order.shards(1, 0, 1))
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
