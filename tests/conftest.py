@@ -35,10 +35,8 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, where files are given to workers."""
     if IS_WORKER:
-        place = {name: k for k, name in enumerate(LONGEST)}
-        items.sort(
-            key=lambda item: place.get(str(item.path.relative_to(ROOT / "tests")), len(place))
-        )
+        place = {str(ROOT / "tests" / name): k for k, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(str(item.path), len(place)))
 
 
 @pytest.fixture(scope="module", autouse=True)
