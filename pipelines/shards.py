@@ -100,6 +100,9 @@ class ShardSet:
     A shard's index is read and checked at the first use of the shard. In memory are the indexes
     last used, for :data:`MOST_SAMPLES` samples or two windows of the order, whichever is more.
 
+    Args:
+        storage: Tars and indexes by number; :meth:`open` finds it.
+
     Attributes:
         path: Its folder, pattern, or URL without secrets.
         class_names: Names of the labels; empty without labels.

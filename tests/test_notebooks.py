@@ -66,7 +66,7 @@ def test_own_folder() -> None:
     found = run("own_folder", TOY["own_folder"])
     assert found["result"].report.exists() and found["result"].encoder.is_dir()
     assert set(found["found"]["scores"]) == {"trained", "untrained", "pixels"}
-    assert len(found["h_XF"]) == 16 * 8
+    assert len(found["features"]) == 16 * 8
     assert (found["nearest"][:, 0] == range(4)).all(), "an image is its own nearest"
 
 
