@@ -169,13 +169,15 @@ def check(sizes: list[torch.Size]) -> None:
                 torch.testing.assert_close(p - before, q - before, rtol=1e-3, atol=1e-7)
 
 
-def measure(model: str, rounds: int) -> list[dict[str, Any]]:
+def measure(model: str, rounds: int, device: str) -> list[dict[str, Any]]:
     """Time everything on one model; return a row each, with the seconds of every round."""
     sizes = shapes(model)
     numel = sum(size.numel() for size in sizes)
-    check(sizes)
-    steps = {name: make(groups(sizes)) for name, make in CONTENDERS.items()}
-    seconds = whole_triads(interleaved(steps | floors(numel), rounds))
+    with torch.device(device):  # not while they run: it costs each torch function microseconds
+        check(sizes)
+        steps = {name: make(groups(sizes)) for name, make in CONTENDERS.items()}
+        steps |= floors(numel)
+    seconds = whole_triads(interleaved(steps, rounds))
     common = {"model": model, "tensors": len(sizes), "parameters": numel}
     return [
         {**measurement("optimizer step", name, values, sizes=common, warm_ups=2), "seconds": values}
@@ -239,8 +241,7 @@ def main(
     out = out or (RESULTS if on_cpu else RESULTS.with_stem("lars_cuda"))
     rows, page = [], []
     for model in models:
-        with torch.device(device):
-            found = measure(model, rounds)
+        found = measure(model, rounds, device)
         rows += found
         page += [*(targets(found) if model == "resnet50" and on_cpu else []), *table(found)]
         print("\n".join(table(found)))
