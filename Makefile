@@ -64,6 +64,7 @@ check: .venv/.installed
 	pyright
 	lint-imports
 	codespell
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 format: .venv/.installed
 	ruff format .
