@@ -157,8 +157,8 @@ def resolve_backend(
     """Return the back-end that a name means on a device; only ``auto`` means another.
 
     ``auto`` is ``threads`` on a CPU and ``triton`` on CUDA, which was seen to make the reference's
-    pixels there; ``kornia`` where these are not. For colours that only ``dali`` makes it is ``dali``
-    on both.
+    pixels there; ``kornia`` where these are not. For colours that only ``dali`` makes it is
+    ``dali`` on both.
 
     Args:
         name: Key of :data:`BACKENDS`, or ``auto``.
