@@ -105,12 +105,19 @@ def save(
                     for old in folder.glob(".*.partial"):  # of starts that were killed
                         _remove(old)
                     partial.mkdir(parents=True, mode=0o755)
-            _write_states(engine, partial, facts["step"], seals)
+            failures = _save_weights(engine, partial / WEIGHTS, facts["step"], seals)
+            _raise_first(failures, folder)
             layers = lars.layer_state() if lars else {}
             with together(), _disk_named(folder):
                 if dist.get_rank() == 0:
                     _write_tensors(partial / LAYERS, layers, seals)
                     _write_tensors(partial / PROBE, probe or {}, seals)
+            # Last, because it takes longest: the files above are sealed beside it.
+            with _failures_kept(engine, seals) as failures:
+                engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+            with together(), _disk_named(folder):
+                if failures:
+                    raise failures[0]
                 hashes = seals.hashes()
             merged = {file: digest for own in from_all(hashes) for file, digest in own.items()}
             with together(), _disk_named(folder):
@@ -132,15 +139,6 @@ def save(
                 _remove(part)  # it would take room that is needed
         raise
     return folder / name
-
-
-def _write_states(engine: DeepSpeedEngine, partial: Path, step: int, seals: Seals) -> None:
-    """Write the weights and DeepSpeed's files; every rank calls this."""
-    failures = _save_weights(engine, partial / WEIGHTS, step, seals)
-    _raise_first(failures, partial.parent)
-    with _failures_kept(engine, seals) as failures:
-        engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
-    _raise_first(failures, partial.parent)
 
 
 def _write_tensors(file: Path, state: Mapping[str, torch.Tensor], seals: Seals) -> None:
