@@ -131,7 +131,7 @@ class Watchdog:
                 store = None  # no process group yet, or no rank 0 any more
 
     def _guard(self) -> None:
-        """Leave when a phase has lasted too long; time in which this process was stopped is none."""
+        """Leave when a phase lasts too long; time in which this process was stopped is none."""
         pause = min(1.0, self._seconds / 4)
         looked = awake = time.monotonic()
         while not self._closed.wait(pause):

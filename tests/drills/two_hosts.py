@@ -25,8 +25,11 @@ ADDRESSES = ("10.213.77.1", "10.213.77.2")
 CABLE = ("fclr0", "fclr1")
 NAMES = (f"fastclr-{os.getpid()}-0", f"fastclr-{os.getpid()}-1")
 WATCHDOG_SECONDS = 5
+EPOCHS = 24
+STEPS = 5 * EPOCHS
+Parts = Iterator[tuple[str, Callable[[], str]]]
 FLAGS = (
-    "--recipe demo --global-batch-size 16 --epochs 24 --log-every 1 --checkpoint-every 10 "
+    f"--recipe demo --global-batch-size 16 --epochs {EPOCHS} --log-every 1 --checkpoint-every 10 "
     "--encoder.width 0.125 --encoder.stem small_stride2 --views.size 16 --head.output-dim 16 "
     f"--optimizer.warmup-epochs 1 --faults.watchdog-seconds {WATCHDOG_SECONDS}"
 ).split()
@@ -55,11 +58,11 @@ def hosts() -> Iterator[None]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def try_all(cells: Cells, parts: Callable[[Path], Iterator[tuple[str, Callable[[], str]]]]) -> None:
+def try_all(cells: Cells, parts: Parts) -> None:
     """Try the parts of a drill on two hosts, each a cell; none where hosts cannot be made."""
     try:
         with hosts():
-            for name, seen in parts(cells.folder):
+            for name, seen in parts:
                 with cells.cell(name):
                     cells.notes.append(seen())
     except (OSError, subprocess.CalledProcessError) as error:
@@ -114,8 +117,8 @@ def wait(processes: list[subprocess.Popen[str]], seconds: float) -> list[int]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def phases(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield what is tried, in order: trained whole, with the cable pulled, plugged in again."""
+def phases(folder: Path, is_long: bool) -> Parts:
+    """Yield what is tried, in order: the cable pulled; a whole training, plugged in again."""
     run_dir = folder / "cut"
 
     def whole() -> str:
@@ -136,8 +139,7 @@ def phases(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
         ip("-n", NAMES[0], "link", "set", CABLE[0], "up")
         assert codes == [76, 76], (codes, said(folder))
         saved = checkpointing.latest(run_dir / "checkpoints")
-        assert saved is not None
-        assert saved.name < f"step-{outcome(folder / 'whole')['step']:07d}"
+        assert saved is not None and saved.name < f"step-{STEPS:07d}"
         return f"both left after {seconds:.0f} s ({WATCHDOG_SECONDS} allowed)"
 
     def plugged_in() -> str:
@@ -147,12 +149,13 @@ def phases(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
         assert outcome(run_dir) == outcome(folder / "whole"), "the end is another"
         return "gone on to the same end"
 
-    yield "deepspeed", whole
     yield "the cable pulled", pulled
-    yield "plugged in, torchrun", plugged_in
+    if is_long:
+        yield "deepspeed", whole
+        yield "plugged in, torchrun", plugged_in
 
 
-def owners(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
+def owners(folder: Path) -> Parts:
     """Yield what is tried, in order: a run that its host writes is begun on another one too."""
     run_dir, alone, there = folder / "owned", [sys.executable], "anna"
     # Only here: a name that nobody knows makes process groups of several ranks wait for a resolver.
