@@ -105,25 +105,11 @@ def save(
                     for old in folder.glob(".*.partial"):  # of starts that were killed
                         _remove(old)
                     partial.mkdir(parents=True, mode=0o755)
-            failures = _save_weights(engine, partial / WEIGHTS, facts["step"], seals)
-            _raise_first(failures, folder)
-            layers = lars.layer_state() if lars else {}
-            with together(), _disk_named(folder):
-                if dist.get_rank() == 0:
-                    _write_tensors(partial / LAYERS, layers, seals)
-                    _write_tensors(partial / PROBE, probe or {}, seals)
-            # Last, because it takes longest: the files above are sealed beside it.
-            with _failures_kept(engine, seals) as failures:
-                engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-            with together(), _disk_named(folder):
-                if failures:
-                    raise failures[0]
-                hashes = seals.hashes()
-            merged = {file: digest for own in from_all(hashes) for file, digest in own.items()}
+            hashes = _write_tensors_of(engine, partial, facts["step"], seals, lars, probe)
             with together(), _disk_named(folder):
                 if dist.get_rank() == 0:
                     whole = {**facts, "layout": _layout(engine)}
-                    _write_list(partial, whole, merged, fence, seals)
+                    _write_list(partial, whole, hashes, fence, seals)
                     for coming in pointers.values():
                         seals.write_text(coming, json.dumps(name))
                 seals.wait()
@@ -139,6 +125,34 @@ def save(
                 _remove(part)  # it would take room that is needed
         raise
     return folder / name
+
+
+def _write_tensors_of(
+    engine: DeepSpeedEngine,
+    partial: Path,
+    step: int,
+    seals: Seals,
+    lars: LARS | None,
+    probe: Mapping[str, torch.Tensor] | None,
+) -> dict[str, str]:
+    """Write all but the list; return the sha256 of every rank's files by name."""
+    failures, folder = _save_weights(engine, partial / WEIGHTS, step, seals), partial.parent
+    with together(), _disk_named(folder):
+        if failures:
+            raise failures[0]
+    layers = lars.layer_state() if lars else {}
+    with together(), _disk_named(folder):
+        if dist.get_rank() == 0:
+            _write_tensors(partial / LAYERS, layers, seals)
+            _write_tensors(partial / PROBE, probe or {}, seals)
+    # Last, because it takes longest: the files above are sealed beside it.
+    with _failures_kept(engine, seals) as failures:
+        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+    with together(), _disk_named(folder):
+        if failures:
+            raise failures[0]
+        hashes = seals.hashes()
+    return {file: digest for own in from_all(hashes) for file, digest in own.items()}
 
 
 def _write_tensors(file: Path, state: Mapping[str, torch.Tensor], seals: Seals) -> None:
@@ -207,20 +221,11 @@ def _disk_named(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _raise_first(failures: list[Exception], folder: Path) -> None:
-    """Raise, on every rank, what one of them could not write for.
-
-    Raised only here, after the collectives in between: one that a rank leaves alone hangs.
-    """
-    with together(), _disk_named(folder):
-        if failures:
-            raise failures[0]
-
-
 @contextmanager
 def _failures_kept(engine: Any, seals: Seals) -> Iterator[list[Exception]]:
     """Let DeepSpeed go on when a file cannot be written: the other ranks wait in its barriers.
 
+    The failures are raised after it: a collective that a rank leaves alone hangs.
     What it has written is sealed while it writes the next.
     """
     writer, failures = engine.checkpoint_engine, []
