@@ -134,8 +134,8 @@ def foreign_indexes(cells: Cells) -> None:
         "tests/pipelines/test_shards.py::test_an_image_of_another_length_than_its_index",
         "tests/pipelines/test_foreign.py::test_a_cache_with_lies_is_found",
         "tests/pipelines/test_foreign.py::test_indexed_once_and_again_when_changed",
-        "tests/tools/test_check_shards.py::test_dali_index_of_another_tar",
-        "tests/tools/test_check_shards.py::test_an_index_that_lies_with_the_right_hash",
+        "tests/commands/test_check.py::test_dali_index_of_another_tar",
+        "tests/commands/test_check.py::test_an_index_that_lies_with_the_right_hash",
     )
 
 

@@ -134,7 +134,7 @@ def many_readers(cells: Cells) -> None:
     """D5: 8 readers of a server that is overloaded for a while: few tries, spread out."""
     most_tries, readers = 6, 8
     for name, fault, seconds, least in (
-        ("503 for 5 s", "503", 5.0, 0.0), ("503 and Retry-After for 3 s", "503 in 1 s", 3.0, 1.0),
+        ("503 for 5 s", "503", 5.0, 0.0), ("503 and Retry-After for 5 s", "503 in 1 s", 5.0, 1.0),
     ):  # fmt: skip
         with cells.cell(name), flaky() as server:
             ends = time.monotonic() + seconds
@@ -241,7 +241,7 @@ DRILLS = {
     "D6": Drill(
         "clients made before a fork; no hidden retries; pauses that differ; a token renewed once",
         after_a_fork,
-        90,
+        150,
     ),
     "D7": Drill(
         "a shared cache: one download, damaged copies read anew, bounds kept", the_cache, 90

@@ -358,7 +358,7 @@ DRILLS = {
     "E1": Drill(
         "SIGTERM at random instants: saved on all ranks, 75 in 15 s, gone on exactly",
         told_to_stop,
-        120,
+        240,
         600,
     ),
     "E3": Drill(
