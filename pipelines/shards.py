@@ -110,6 +110,9 @@ class ShardSet:
     the reading where the tar is local (:meth:`compare`). In memory are the indexes last used, for
     :data:`MOST_SAMPLES` samples or two windows of the order, whichever is more.
 
+    Args:
+        storage: Tars and indexes by number; :meth:`open` finds it.
+
     Attributes:
         path: Its folder, pattern, or URL without secrets.
         class_names: Names of the labels; empty without labels.
