@@ -21,6 +21,7 @@ from typing import Any, Literal
 import timm
 import torch
 import tyro
+import verdicts
 from harness import facts, interleaved, measurement, write_rows
 from torch import nn
 
@@ -209,7 +210,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def targets(rows: list[dict[str, Any]]) -> list[str]:
     """Return what was asked of ResNet-50 on the CPU, and what came of it."""
-    lines = ["| of ResNet-50 | asked | measured | |", "|---|--:|--:|---|"]
+    lines = verdicts.head("of ResNet-50")
     for what, slow, fast, limit, at_least in (
         ("times faster than lightly", "lightly", "fastclr", 3.0, True),
         ("times faster than torch-optimizer", "torch-optimizer", "fastclr", 1.5, True),
@@ -218,7 +219,7 @@ def targets(rows: list[dict[str, Any]]) -> list[str]:
         found = times(rows, slow, fast)
         met = found >= limit if at_least else found <= limit
         bound = f"{'>=' if at_least else '<='} {limit}"
-        lines.append(f"| {what} | {bound} | {found:.2f} | {'met' if met else '**missed**'} |")
+        lines.append(verdicts.row(what, bound, f"{found:.2f}", met))
     return [*lines, ""]
 
 

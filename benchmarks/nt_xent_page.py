@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
+import verdicts
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -50,9 +51,9 @@ class Target(NamedTuple):
         """Return a row of a table, with the verdict."""
         bound = f"at {'least' if self.at_least else 'most'} {self.limit:g}"
         if self.measured is None:
-            return f"| {self.what} | {bound} | | not measured |"
+            return verdicts.row(self.what, bound, "", None)
         met = self.measured >= self.limit if self.at_least else self.measured <= self.limit
-        return f"| {self.what} | {bound} | {self.measured:.2f} | {'met' if met else '**missed**'} |"
+        return verdicts.row(self.what, bound, f"{self.measured:.2f}", met)
 
 
 def write_page(rows: Sequence[Row], dim: int, jsonl: Path, flags: str) -> Path:

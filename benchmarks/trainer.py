@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import tyro
+import verdicts
 from harness import facts, measurement, write_rows
 from peer_parts import ours, simclr
 
@@ -150,19 +151,25 @@ def page(blocks: list[tuple[float, float]], rows: list[dict[str, Any]], config: 
     cost = statistics.median(ratios) - 1
     best = max(statistics.median(row["images_per_second"]) for row in rows[1:])
     factor = statistics.median(rows[0]["images_per_second"]) / best
-    met = {True: "met", False: "**missed**"}
     lines = [
         f"{now()[:10]}, `python benchmarks/trainer.py`, {about['hardware']['processor']}, "
         f"{about['threads']} threads, torch {about['versions']['torch']}, fp32: "
         f"{config.encoder.name}, width {config.encoder.width}, {config.views.size} px, batch "
         f"{config.global_batch_size}.",
         "",
-        "| | asked | measured | |",
-        "|---|--:|--:|---|",
-        f"| trainer over bare loop, median of {len(blocks)} blocks of {BLOCK} steps | <= "
-        f"{TARGETS['overhead']:.0%} | {cost:.1%} | {met[cost <= TARGETS['overhead']]} |",
-        f"| images/s over the best of lightly's | >= {TARGETS['lightly']} | {factor:.2f} | "
-        f"{met[factor >= TARGETS['lightly']]} |",
+        *verdicts.head(),
+        verdicts.row(
+            f"trainer over bare loop, median of {len(blocks)} blocks of {BLOCK} steps",
+            f"<= {TARGETS['overhead']:.0%}",
+            f"{cost:.1%}",
+            cost <= TARGETS["overhead"],
+        ),
+        verdicts.row(
+            "images/s over the best of lightly's",
+            f">= {TARGETS['lightly']}",
+            f"{factor:.2f}",
+            factor >= TARGETS["lightly"],
+        ),
         "",
         f"Step: trainer {1e3 * statistics.median(o for o, _ in blocks) / BLOCK:.1f} ms, bare loop "
         f"{1e3 * statistics.median(b for _, b in blocks) / BLOCK:.1f} ms; block by block "

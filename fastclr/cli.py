@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import is_dataclass
+from typing import Any, get_args, get_type_hints
 
 from fastclr.config import ConfigError
 from fastclr.interruption import EXIT_PEER_LOST, EXIT_PREEMPTED, PeerLost, Preempted
@@ -46,3 +50,24 @@ def guard(command: Callable[[], object]) -> int:
             print(f"{what}{text}", file=sys.stderr, flush=True)
         return code
     return 0
+
+
+def joined(target: Any) -> Any:
+    """Make docstrings what ``--help`` shows: an entry's lines joined, names without backticks.
+
+    tyro breaks lines by the screen's width, but also where the source did.
+
+    Args:
+        target: Function or dataclass whose flags are told; those of the dataclasses that it has are
+            joined too.
+
+    Returns:
+        The same, for a call.
+    """
+    lines = re.sub(r"\n {8,}(?=\S)", " ", inspect.cleandoc(target.__doc__ or ""))
+    target.__doc__ = lines.replace("``", "")
+    for hint in get_type_hints(target).values():
+        for kind in (hint, *get_args(hint)):
+            if is_dataclass(kind):
+                joined(kind)
+    return target

@@ -104,8 +104,8 @@ class DataConfig:
         cache_dir: Folder for copies of remote shards and indexes of others' tars, shared by the
             ranks of a node; empty for ``fastclr`` in the user's cache folder (XDG_CACHE_HOME).
         cache_gib: Bound of the copies of remote shards in GiB; those used longest ago make room.
-        backend: Augmentation back-end, a key of ``pipelines.backends.BACKENDS``; ``auto`` for the
-            fastest that is installed, settled before the run begins.
+        backend: Augmentation back-end: ``threads``, ``kornia``, ``dali``, ``triton`` or
+            ``reference``; ``auto`` for the fastest that is here, settled before the run begins.
         num_threads: Threads that prepare batches; 0 for this rank's part of the cores.
         prefetch: Batches prepared ahead of the training step.
         in_memory: Decode all images before the run and keep their pixels; refused where they would
@@ -183,7 +183,7 @@ class LossConfig:
     """A contrastive loss (Chen et al. 2020, equation 1 and table 2).
 
     Attributes:
-        name: Key of ``fastclr.losses.LOSSES``.
+        name: ``nt_xent``, ``nt_logistic`` or ``margin_triplet``.
         temperature: Divides the cosines; 0.1 for ImageNet, 0.5 for long CIFAR-10 runs. Not for the
             triplet loss.
         normalize: Compare unit rows; False, for NT-Xent, compares dot products.

@@ -15,13 +15,17 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
+import io
 import os
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
 
 import tyro
 
-from fastclr.cli import guard
+from fastclr.cli import guard, joined
 from fastclr.config import Config
 from fastclr.facts import typed
 from fastclr.interruption import EXIT_PEER_LOST, EXIT_PREEMPTED, Interruption
@@ -34,7 +38,8 @@ def parse(words: Sequence[str], program: str = "fastclr train") -> tuple[Config,
     """Return the configuration that flags mean, and the path or name of the DeepSpeed JSON.
 
     Args:
-        words: Flags; ``@FILE`` stands for the flags in a file.
+        words: Flags; ``@FILE`` stands for the flags in a file, and words behind ``--help`` for
+            groups of flags.
         program: How the command is called in its help.
 
     Raises:
@@ -47,15 +52,46 @@ def parse(words: Sequence[str], program: str = "fastclr train") -> tuple[Config,
     parser.add_argument("--recipe", default="simclr-v1-paper", choices=sorted(RECIPES))
     parser.add_argument("--local_rank", "--local-rank", type=int)  # the launcher's; World reads it
     first, rest = parser.parse_known_args(words)
-    config = tyro.cli(
-        Config,
-        default=RECIPES[first.recipe](),
-        args=rest,
-        prog=f"{program} --ds-config FILE [--recipe NAME] [@FILE of flags]",
-        description=f"Train SimCLR. Recipes: {', '.join(RECIPES)}; the defaults below are those "
-        f"of {first.recipe}. What the DeepSpeed JSON sets is not set here.",
-    )
-    return config, first.ds_config
+
+    def read(flags: Sequence[str]) -> Config:
+        return tyro.cli(
+            joined(Config),
+            default=RECIPES[first.recipe](),
+            args=flags,
+            prog=f"{program} --ds-config FILE [--recipe NAME] [@FILE of flags]",
+            description=f"Train SimCLR. Recipes: {', '.join(RECIPES)}; the defaults below are "
+            f"those of {first.recipe}. What the DeepSpeed JSON sets is not set here.",
+        )
+
+    if {"-h", "--help"} & {*rest}:
+        print(_chosen(_said(lambda: read(["--help"])), rest))
+        raise SystemExit(0)
+    return read(rest), first.ds_config
+
+
+def _said(tell: Callable[[], object]) -> str:
+    """Return what is printed by what then exits."""
+    raw = io.BytesIO()
+    # tyro draws frames where the encoding has this very name.
+    with contextlib.redirect_stdout(io.TextIOWrapper(raw, encoding="utf-8")) as text:
+        with contextlib.suppress(SystemExit):
+            tell()
+        text.flush()
+        return raw.getvalue().decode()
+
+
+def _chosen(text: str, words: Sequence[str]) -> str:
+    """Return the help on groups of flags that are named; of none, on those that have no group."""
+    head, *frames = re.split(r"(?m)^(?=╭)", text)
+    by_name = {frame.split()[1]: frame.rstrip() for frame in frames}
+    if "all" in words:
+        return text.rstrip()
+    if named := [by_name[word] for word in words if word in by_name]:
+        return "\n".join(named)
+    kinds = {f.name: f.default_factory for f in fields(Config) if f.default_factory is not MISSING}
+    told = {name: re.split("[;(.]", joined(kind).__doc__)[0] for name, kind in kinds.items()}
+    more = [f"  --help {name:<11} {text}" for name, text in {**told, "all": "All flags"}.items()]
+    return "\n".join([head + by_name["options"], "Groups of flags:", *more])
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -71,7 +71,7 @@ class Settings:
     def command(self) -> str:
         """Return the command that packs the same bytes, without paths and machines."""
         name = shlex.quote(self.source_name())
-        parts = ["python tools/make_shards.py", name, "--out", shlex.quote(self.name)]
+        parts = ["fastclr shards", name, "--out", shlex.quote(self.name)]
         own = [(f.name, getattr(self, f.name), f.default) for f in fields(self)[3:6]]
         how = [(f.name, getattr(self.options, f.name), f.default) for f in fields(self.options)]
         new = [(*item, None) for item in asdict(self.transform).items()] if self.transform else []

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.starts import LAUNCHER, ROOT, Started
+
 # Triton's interpreter is how its kernels run on a CPU; it is chosen when they are first imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# `make test` has a worker a core; threads of one would only take turns with another's.
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IS_WORKER:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What takes longest, longest first: workers begin with it, so that none is left with it in the end.
+LONGEST = ("test_readme.py",)
 
-ROOT = Path(__file__).parents[1]
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, where files are given to workers."""
+    if IS_WORKER:
+        place = {name: k for k, name in enumerate(LONGEST)}
+        items.sort(
+            key=lambda item: place.get(str(item.path.relative_to(ROOT / "tests")), len(place))
+        )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,31 +51,10 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
 
     def run(script: Path, num_ranks: int, timeout_seconds: float = 100) -> dict:
         folder = tmp_path_factory.mktemp("ranks")
-        result, ranks, logs = folder / "result.json", [], []
-        for rank in range(num_ranks):
-            logs.append(folder / f"rank{rank}.txt")
-            environ = {
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "OMP_NUM_THREADS": "1",
-                "RANK": str(rank),
-                "WORLD_SIZE": str(num_ranks),
-            }
-            with logs[-1].open("w") as log:
-                command = [sys.executable, str(script), str(folder / "rendezvous"), str(result)]
-                ranks.append(subprocess.Popen(command, env=environ, stdout=log, stderr=log))
-        deadline = time.monotonic() + timeout_seconds
-        try:
-            # One failed rank leaves the others waiting for it: it is not waited for them.
-            while None in (codes := [p.poll() for p in ranks]) and not any(codes):
-                assert time.monotonic() < deadline, f"ranks hang: {[p.read_text() for p in logs]}"
-                time.sleep(0.05)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-        texts = [log.read_text() for log in logs]
-        assert not any(codes), "\n".join(t for c, t in zip(codes, texts, strict=True) if c)
+        result = folder / "result.json"
+        world = [{"RANK": str(r), "WORLD_SIZE": str(num_ranks)} for r in range(num_ranks)]
+        started = Started([script, folder / "rendezvous", result], folder, world)
+        assert started.wait(timeout_seconds) == 0, started.said("err")
         return json.loads(result.read_text())
 
     return run

@@ -9,10 +9,10 @@ from statistics import linear_regression
 from typing import Any
 
 import plots
+import verdicts
 
 Row = dict[str, Any]
 
-MET = {True: "met", False: "**missed**"}
 MOST_POWER = 0.9  # of samples, in the time of a start: below 1 is below linear
 MOST_MEMORY = 1.5  # times that of the smallest set, at 10,000 times the samples
 MOST_READ = 1.5  # times the fastest number of shards, where no sample is read twice
@@ -40,14 +40,13 @@ def set_size(row: Row) -> int:
 
 
 def _target(what: str, limit: float, found: float | None) -> str:
-    if found is None:
-        return f"| {what} | <= {limit:g} | | not measured |"
-    return f"| {what} | <= {limit:g} | {found:.2f} | {MET[found <= limit]} |"
+    measured, met = ("", None) if found is None else (f"{found:.2f}", found <= limit)
+    return verdicts.row(what, f"<= {limit:g}", measured, met)
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
     """Return the table of what has to be shown."""
-    lines = ["| | asked | measured | |", "|---|--:|--:|---|"]
+    lines = verdicts.head()
     if steps := named(rows, "step"):
         cached = [row for row in steps if row["variant"] == "gradient caching"]
         found = power(cached, "batch", "p50_seconds")

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import plots
+import verdicts
 from harness import facts, measurement
 
 from scaling_parts.forecasts import (
@@ -25,7 +26,6 @@ from scaling_parts.ranks import Setup, Steps, ratio
 
 LEAST_EFFICIENCY = 0.85
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
-MET = {True: "met", False: "**missed**"}
 
 
 class Results(NamedTuple):
@@ -100,20 +100,17 @@ def rows(results: Results, gpu_job: Job, assumed: Assumed, warm_up: int) -> list
 
 def targets(results: Results) -> list[str]:
     """Return the table of what has to be shown."""
-    lines = ["| | asked | measured | |", "|---|--:|--:|---|"]
+    lines = verdicts.head()
     for name, (one, *more) in results.scaling.items():
         for setup in more:
             efficiency, off = results.efficiency(one, setup), results.off(setup)
             if name == "weak":
-                lines.append(
-                    f"| weak scaling, {setup.ranks} ranks over one: efficiency | >= "
-                    f"{LEAST_EFFICIENCY:.0%} | {efficiency:.1%} | "
-                    f"{MET[efficiency >= LEAST_EFFICIENCY]} |"
-                )
-            lines.append(
-                f"| {name} scaling, {setup.ranks} ranks: model off by | <= {MOST_OFF:.0%} | "
-                f"{off:+.1%} | {MET[abs(off) <= MOST_OFF]} |"
-            )
+                what = f"weak scaling, {setup.ranks} ranks over one: efficiency"
+                bound, met = f">= {LEAST_EFFICIENCY:.0%}", efficiency >= LEAST_EFFICIENCY
+                lines.append(verdicts.row(what, bound, f"{efficiency:.1%}", met))
+            what = f"{name} scaling, {setup.ranks} ranks: model off by"
+            met = abs(off) <= MOST_OFF
+            lines.append(verdicts.row(what, f"<= {MOST_OFF:.0%}", f"{off:+.1%}", met))
     return lines
 
 

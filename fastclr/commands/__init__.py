@@ -77,9 +77,11 @@ def run(name: str, words: Sequence[str]) -> Any:
     """
     import tyro
 
+    from fastclr.cli import joined
+
     part = PARTS[name]
     function = getattr(importlib.import_module(part.home), part.function)
-    return tyro.cli(function, args=words, prog=f"fastclr {name}")
+    return tyro.cli(joined(function), args=words, prog=f"fastclr {name}")
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Check a data set: ``fastclr check data/train``, or ``python tools/check_shards.py``."""
+"""Check a data set: ``fastclr check data/train``."""
 
 from __future__ import annotations
 

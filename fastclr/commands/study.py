@@ -25,10 +25,10 @@ def study(
     A row a run is written as soon as it is done; start the same command again to go on.
 
     Args:
-        name: Key of ``fastclr.studies.STUDIES``, or ``all``.
-        scale: Key of ``fastclr.studies.scales.SCALES``: toy, pilot, small or paper.
+        name: A study, such as ``heads`` (a wrong name tells all), or ``all``.
+        scale: How much is trained: toy, pilot, small, cifar10 or paper.
         seeds: Seeds of each arm; verdicts take 3 or more.
-        data: Training and test shard set, labelled.
+        data: Training and test data set, labelled.
         out: Folder of RESULTS.md, studies.html and results/.
         work: Folder for the checkpoints of runs in progress.
         only_report: Do no runs; write what the rows say.

@@ -32,7 +32,7 @@ def show_views(
         num_images: Images, a row each.
         seed: Seed of the run.
         epoch: Epoch from 0.
-        backend: Augmentation back-end.
+        backend: Augmentation back-end, as ``--data.backend`` of training.
     """
     sheet = view_sheet(
         open_sets(path),

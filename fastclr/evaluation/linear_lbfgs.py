@@ -99,20 +99,6 @@ def lbfgs_probe(
     )
 
 
-def fit_logistic(train: Features, l2: float, max_iterations: int = _FINAL_ITERATIONS) -> Array:
-    """Return weights and, in the last row, biases (F + 1, C) of one fit from zero.
-
-    Args:
-        train: Labelled features.
-        l2: Penalty beside the sum of the cross-entropies; scikit-learn's 1 / C.
-        max_iterations: Most iterations.
-    """
-    objective = _Objective(train, np.unique(train.label_X), torch.device("cpu"))
-    weights = objective.fit(objective.start(), l2, max_iterations)
-    weights[-1] -= objective.mean_F @ weights[:-1]
-    return weights
-
-
 def _halves(train: Features, seed: int) -> tuple[Features, Features]:
     """Split off validation features."""
     rows, held_out = balanced_split(train.label_X, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from fastclr.config import (
     Config,
@@ -66,15 +67,12 @@ def cifar10_readme() -> Config:
 
     Never run by this project in full.
     """
-    return Config(
-        encoder=EncoderConfig("resnet18", stem="small"),
+    paper = cifar10_paper()
+    return replace(
+        paper,
         head=HeadConfig(depth=3),  # the code's default since SimCLR v2; the command does not say
-        views=ViewsConfig(size=32, color_strength=0.5, blur_prob=0.0),
-        loss=LossConfig(temperature=0.5),
         # The command's decay is 1e-4, 1e-6 before June 2020; halved as in simclr_tf_head.
-        optimizer=OptimizerConfig(name="LARS", base_learning_rate=1.0, weight_decay=0.5e-4),
-        epochs=1000,
-        global_batch_size=512,
+        optimizer=replace(paper.optimizer, weight_decay=0.5e-4),
     )
 
 

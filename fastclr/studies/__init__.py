@@ -1,4 +1,4 @@
-"""The experiments of the literature: ``python tools/study.py NAME``; one file a study."""
+"""The experiments of the literature: ``fastclr study NAME``; one file a study."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def summary(
         "hours": sum(row["seconds"] for row in rows) / 3600,
         "measured": sorted({row["measured"][:10] for row in rows}),
         "hardware": sorted({_machine(row) for row in rows}),
-        "command": f"python tools/study.py {name} --scale {scale_name} --seeds {num_seeds}"
+        "command": f"fastclr study {name} --scale {scale_name} --seeds {num_seeds}"
         + " --transfer TRAIN TEST" * (study.work == "transfer"),
     }
 

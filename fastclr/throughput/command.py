@@ -23,7 +23,7 @@ STARTED = time.monotonic()
 
 import tyro  # noqa: E402
 
-from fastclr.cli import guard  # noqa: E402
+from fastclr.cli import guard, joined  # noqa: E402
 from fastclr.config import Config, ConfigError  # noqa: E402
 from fastclr.facts import typed  # noqa: E402
 from fastclr.recipes import RECIPES  # noqa: E402
@@ -70,7 +70,7 @@ def measure(options: Options, words: list[str]) -> None:
     recipe = options.recipe or ("simclr-v1-paper" if on_cuda else "cifar10-cpu")
     if recipe not in RECIPES:
         raise ConfigError(f"recipe {recipe!r} is unknown: choose from {', '.join(RECIPES)}.")
-    config = tyro.cli(Config, default=RECIPES[recipe](), args=words)
+    config = tyro.cli(joined(Config), default=RECIPES[recipe](), args=words)
     data = options.data or config.data.train
     if data and options.synthetic:
         raise ConfigError(f"--synthetic and the data {data}: give one of them.")
@@ -116,6 +116,10 @@ def measure(options: Options, words: list[str]) -> None:
 def main(words: Sequence[str]) -> int:
     """Parse the flags, measure, return the exit code."""
     options, rest = tyro.cli(
-        Options, args=words, return_unknown_args=True, prog="fastclr bench", description=__doc__
+        joined(Options),
+        args=words,
+        return_unknown_args=True,
+        prog="fastclr bench",
+        description=__doc__,
     )
     return guard(lambda: measure(options, rest))

@@ -14,27 +14,28 @@ from fastclr.config import Config
 from fastclr.simclr import SimCLR
 
 TRIAD_FLOATS = 2**25  # 128 MiB an array: no cache holds three of them
+REPEATS = 5
 MATMUL_SIDES = {"cpu": 2048, "cuda": 8192}
 NEAR = 0.5  # of a limit; below it something else must be the reason
 
 
-def triad_bytes_per_second(device: torch.device, repeats: int = 5) -> float:
+def triad_bytes_per_second(device: torch.device) -> float:
     """Measure the memory's bandwidth: the best of some a = b + s * c (McCalpin's STREAM)."""
     a, b, c = (torch.ones(TRIAD_FLOATS, device=device) for _ in range(3))
-    seconds = _best(lambda: torch.add(b, c, alpha=3.0, out=a), device, repeats)
+    seconds = _best(lambda: torch.add(b, c, alpha=3.0, out=a), device)
     return 3 * a.element_size() * a.numel() / seconds
 
 
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the peak of arithmetic: the best of some square matrix products."""
     side = MATMUL_SIDES[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / _best(lambda: a @ b, device, repeats)
+    return 2 * side**3 / _best(lambda: a @ b, device)
 
 
-def _best(function: Any, device: torch.device, repeats: int) -> float:
+def _best(function: Any, device: torch.device) -> float:
     seconds = []
-    for _ in range(repeats + 1):  # the first warms up
+    for _ in range(REPEATS + 1):  # the first warms up
         before = time.perf_counter()
         function()
         if device.type == "cuda":

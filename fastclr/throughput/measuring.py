@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -287,9 +287,3 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-def summed(laps: list[dict[str, float]]) -> dict[str, float]:
-    """Return the mean seconds of each stage over some steps; means add up, medians do not."""
-    names = dict.fromkeys(name for lap in laps for name in lap)
-    return {name: fmean(lap.get(name, 0.0) for lap in laps) for name in names}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +47,50 @@ def test_a_part_tells_its_flags(name: str, capsys: pytest.CaptureFixture[str]) -
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert f"usage: fastclr {name}" in said and PARTS[name].says
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize("name", PARTS)
+def test_help_fits_a_screen(
+    name: str, columns: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    said = capfd.readouterr().out
+    framed = [line[2:].rstrip("│ ") for line in said.splitlines() if line.startswith("│")]
+    assert framed and len(said.splitlines()) <= 70
+    flags = [k for k, line in enumerate(framed) if line.startswith("--")]
+    for first, end in itertools.pairwise([*flags, len(framed)]):
+        lines = [line.strip() for line in framed[first + 1 : end]]
+        text = " ".join(framed[first:end])
+        assert "(default: " in text or "(required)" in text, text
+        assert "``" not in text
+        for line, following in itertools.pairwise(lines):
+            if line.endswith(")") and ("(default" in line or "(required" in line):
+                break  # what follows is of the next group
+            # A line ends where the next word has no place, not where the source ended.
+            ends_early = len(line) + len(following.split(" ")[0]) <= columns - 35
+            assert not ends_early or line.endswith("]"), (line, following)  # the flag's own
+
+
+def test_training_tells_its_flags_by_groups(capfd: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(["train", *words])
+        assert stop.value.code == 0
+        return capfd.readouterr().out
+
+    plain = said("--help")
+    assert "--run-dir" in plain and "--loss.temperature" not in plain
+    groups = re.findall(r"^  --help (\w+)", plain, re.MULTILINE)
+    assert groups[-1] == "all" and {"data", "views", "loss", "optimizer"} <= {*groups}
+    every = said("--recipe", "demo", "--help", "all")
+    for group in groups[:-1]:
+        told = said("--recipe", "demo", "--help", group)
+        assert f"--{group}." in told and told.rstrip() in every
+    both = said("--help", "views", "loss")
+    assert "--views.size" in both and "--loss.margin" in both and "--run-dir" not in both
 
 
 def test_no_flag_is_without_words() -> None:

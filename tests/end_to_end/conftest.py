@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +13,7 @@ import pytest
 
 from pipelines.photos import write_photo_tiles
 from pipelines.writer import write_shards
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.starts import ROOT, Started, environment, environments_of_ranks
 
 
 class Photos(NamedTuple):
@@ -45,45 +42,51 @@ def _say_where_it_hangs() -> Iterator[None]:
 
 
 class Commands:
-    """Runs the project's commands in the repository, outside any launcher's environment."""
+    """Runs the project's scripts in the repository, outside any launcher's environment.
 
-    def environment(self) -> dict[str, str]:
-        """Return this environment, the interpreter's folder first on the path."""
-        gone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        kept = {k: v for k, v in os.environ.items() if k not in gone}
-        return {**kept, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"}
+    Args:
+        make_folder: Makes a new folder of a name.
+    """
 
-    def start(self, *command: str | Path) -> subprocess.Popen[str]:
-        """Start a command; its output is thrown away."""
+    def __init__(self, make_folder: Callable[[str], Path]) -> None:
+        self._make_folder = make_folder
+
+    def start(self, *script: str | Path, ranks: int = 0) -> Started:
+        """Start a script, on ranks if there are any: as a launcher would, without its seconds."""
+        environs = environments_of_ranks(ranks) if ranks else [{}]
+        return Started(script, self._make_folder("logs"), environs)
+
+    def run(self, *script: str | Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run a script to its end, on ranks if there are any."""
+        return self.start(*script, ranks=ranks).ended(280)
+
+    def launch(self, *command: str | Path) -> subprocess.Popen[str]:
+        """Start a launcher as a user does; its output is thrown away."""
         return subprocess.Popen(
             [str(part) for part in command],
             cwd=ROOT,
-            env=self.environment(),
+            env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             text=True,
         )
 
-    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end."""
+    def launched(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run a launcher to its end."""
         return subprocess.run(
             [str(part) for part in command],
             cwd=ROOT,
-            env=self.environment(),
+            env=environment(),
             capture_output=True,
             text=True,
             timeout=280,
         )
 
-    def train(self, *flags: str | Path, ranks: int | None = None, ds: str | Path = "") -> list[str]:
-        """Return the training command; through the launcher if a number of ranks is given."""
-        start = [sys.executable]
-        if ranks is not None:
-            port = 29600 + os.getpid() % 300
-            start = ["deepspeed", "--num_accelerators", f"{ranks}", "--master_port", f"{port}"]
+    def train(self, *flags: str | Path, ds: str | Path = "") -> list[str]:
+        """Return the script that trains, and its flags."""
         ds_config = ds or "fastclr/recipes/fp32.json"
         recipe = ["--ds-config", ds_config, "--recipe", "demo"]
-        return [str(part) for part in (*start, "fastclr/train.py", *recipe, *flags)]
+        return [str(part) for part in ("fastclr/train.py", *recipe, *flags)]
 
     def losses(self, run_dir: Path) -> dict[int, float]:
         """Return the logged losses by step, which rise."""
@@ -94,6 +97,6 @@ class Commands:
 
 
 @pytest.fixture(scope="session")
-def commands() -> Commands:
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
     """Return what starts the project's commands."""
-    return Commands()
+    return Commands(tmp_path_factory.mktemp)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,11 +49,11 @@ def test_a_mixture_of_s3_and_foreign_tars(commands, photos, tmp_path, monkeypatc
         assert list((tmp_path / "cache" / "shards").glob("*.shard"))
         tars = f"{foreign}/*.tar"
         for name, *flags in (("evaluate.py", "--train", foreign, "--test", tars), ("report.py",)):
-            done = commands.run(sys.executable, f"tools/{name}", "--run", run_dir, *flags)
+            done = commands.run(f"tools/{name}", "--run", run_dir, *flags)
             assert done.returncode == 0, done.stderr[-3000:]
         assert json.loads((run_dir / "scores.json").read_text())["test"] == tars
         sheet = tmp_path / "views.png"
-        show = (sys.executable, "tools/show_views.py", "s3://photos/test", "--out", sheet)
+        show = ("tools/show_views.py", "s3://photos/test", "--out", sheet)
         done = commands.run(*show)
         assert done.returncode == 0 and sheet.exists(), done.stderr[-3000:]
         nowhere = ("--data.train", "s3://photos/nowhere", "--run-dir", tmp_path / "another")

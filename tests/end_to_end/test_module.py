@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 
 import pytest
 from safetensors.numpy import load_file
+
+from tests.starts import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +17,7 @@ FLAGS = (
     "--optimizer.base-learning-rate 0.5 --global-batch-size 32 --epochs 0.5 --log-every 1"
 ).split()
 DS_CONFIG = "fastclr/recipes/fp32_clipped.json"
-PORT = str(29900 + os.getpid() % 90)
+PORT = str(free_port())
 DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", PORT]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 TORCHRUN += ["--master-port", PORT]
@@ -30,7 +31,7 @@ def trained(commands, photos, tmp_path_factory):
     def train(name, *start):
         run_dir = folder / name
         own = ("--data.train", photos.train, "--run-dir", run_dir)
-        done = commands.run(*start, *FLAGS, *own)
+        done = commands.launched(*start, *FLAGS, *own)
         assert done.returncode == 0, done.stderr[-3000:]
         weights = load_file(run_dir / "checkpoints/step-0000010/model.safetensors")
         facts = json.loads((run_dir / "config.json").read_text())

@@ -30,7 +30,7 @@ def test_batch_norm_is_global_and_another_loss_goes_round_the_ring(commands, pho
     for ranks, exchange in ((1, "gather"), (2, "ring")):
         run_dir = tmp_path / exchange
         own = ("--loss.exchange", exchange, "--data.train", photos.train, "--run-dir", run_dir)
-        done = commands.run(*commands.train(*flags, *own, ranks=ranks))
+        done = commands.run(*commands.train(*flags, *own), ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(commands.losses(run_dir))
         last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
@@ -51,7 +51,7 @@ def test_ranks_stages_and_chunks_have_the_losses_of_one_rank(commands, photos, t
         ds = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": chunks}
         ds_config.write_text(json.dumps(ds))
         flags = (*SETTINGS, "--data.train", photos.train, "--run-dir", run_dir)
-        done = commands.run(*commands.train(*flags, ranks=ranks, ds=ds_config))
+        done = commands.run(*commands.train(*flags, ds=ds_config), ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         losses[case] = commands.losses(run_dir)
         weights[case] = load_file(run_dir / "checkpoints/step-0000020/model.safetensors")

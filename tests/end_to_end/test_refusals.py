@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
 
@@ -25,7 +24,7 @@ def refused(done, *words, code=78):
 def pack(commands, tmp_path):
     def run(source):
         out = tmp_path / "shards" / "train"
-        done = commands.run(sys.executable, "tools/make_shards.py", source, "--out", out)
+        done = commands.run("tools/make_shards.py", source, "--out", out)
         assert not list(tmp_path.glob("shards/*")), "something was left behind"
         return done
 
@@ -77,7 +76,7 @@ def test_a_missing_deepspeed_json(train, tmp_path):
 
 
 def test_no_deepspeed_json(commands, photos, tmp_path):
-    command = [sys.executable, "fastclr/train.py", "--recipe", "demo"]
+    command = ["fastclr/train.py", "--recipe", "demo"]
     done = commands.run(*command, "--data.train", photos.train, "--run-dir", tmp_path / "run")
     refused(done, "--ds-config")
 
@@ -128,5 +127,5 @@ def test_all_problems_are_told_at_once(train):
 
 def test_evaluating_what_was_never_trained(commands, photos, tmp_path):
     sets = ("--train", photos.train, "--test", photos.test)
-    done = commands.run(sys.executable, "tools/evaluate.py", "--run", tmp_path, *sets)
+    done = commands.run("tools/evaluate.py", "--run", tmp_path, *sets)
     refused(done, "config.json cannot be read", "training run")

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fastclr.audit import audit
+from tests.starts import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -19,14 +20,6 @@ SETTINGS = (
     "--global-batch-size 32 --epochs 1 --log-every 1 --checkpoint-every 10 "
     "--optimizer.warmup-epochs 0.2"
 ).split()
-
-
-def kill_all(process):
-    """Send SIGKILL to a process and everything it started."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.kill()
-    process.wait()
 
 
 def wait_for(path, process, seconds=120):
@@ -44,21 +37,19 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(commands, photos, tmp_p
     runs = {name: tmp_path / name for name in ("whole", "killed")}
     command = {
         name: commands.train(
-            *(*SETTINGS, "--data.train", photos.train, "--run-dir", path),
-            ranks=ranks,
-            ds=ds_config,
+            *(*SETTINGS, "--data.train", photos.train, "--run-dir", path), ds=ds_config
         )
         for name, path in runs.items()
     }
-    assert commands.run(*command["whole"]).returncode == 0
+    assert commands.run(*command["whole"], ranks=ranks).returncode == 0
 
-    process = commands.start(*command["killed"])
+    process = commands.start(*command["killed"], ranks=ranks)
     wait_for(runs["killed"] / "checkpoints/latest", process)
-    kill_all(process)
+    process.kill()
     assert not (runs["killed"] / "checkpoints/step-0000020").exists(), "killed too late to tell"
     assert not (runs["killed"] / "summary.json").exists()
 
-    done = commands.run(*command["killed"])
+    done = commands.run(*command["killed"], ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "going on from" in done.stdout + done.stderr
     whole, resumed = (commands.losses(path) for path in runs.values())
@@ -75,9 +66,7 @@ def _account(commands, run_dir, ranks):
     """The ledger proves what was seen, a step can be taken again, and what is wrong shows."""
     assert {row.status for row in audit(run_dir)} == {"pass"}
     if ranks == 2:
-        again = ("tools/replay.py", run_dir, "--step", "13")
-        launcher = ("deepspeed", "--num_accelerators", "2", "--master_port", "29941")
-        done = commands.run(*launcher, *again)
+        done = commands.run("tools/replay.py", run_dir, "--step", "13", ranks=2)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert "steps 11 to 13" in done.stdout
     file = max((run_dir / "ledger").glob("start-*-rank-00000.jsonl"))
@@ -114,20 +103,21 @@ def test_launchers_pass_on_a_preemption_and_restart_a_dead_rank(commands, photos
     def train(run_dir):
         flags = (*SETTINGS, "--epochs", "2", "--checkpoint-every", "5")
         data = ("--data.train", photos.train, "--run-dir", run_dir)
-        return commands.train(*flags, *data, ranks=2)
+        return commands.train(*flags, *data)
 
-    assert commands.run(*train(tmp_path / "whole")).returncode == 0
+    assert commands.run(*train(tmp_path / "whole"), ranks=2).returncode == 0
     run_dir = tmp_path / "stopped"
-    process = commands.start(*train(run_dir))
+    deepspeed = ["deepspeed", "--num_accelerators", "2", "--master_port", f"{free_port()}"]
+    process = commands.launch(*deepspeed, *train(run_dir))
     wait_for(run_dir / "checkpoints/step-0000005", process)
     rank_process(process, 1).terminate()
     assert process.wait(60) == 75
     saved = json.loads((run_dir / "checkpoints/latest").read_text())
     assert saved < "step-0000040", "stopped too late to tell"
 
-    command = train(run_dir)
-    start = ["torchrun", "--nproc-per-node", "2", "--max-restarts", "1"]
-    process = commands.start(*start, *command[command.index("fastclr/train.py") :])
+    torchrun = ["torchrun", "--nproc-per-node", "2", "--max-restarts", "1"]
+    torchrun += ["--master-port", f"{free_port()}"]
+    process = commands.launch(*torchrun, *train(run_dir))
     wait_for(run_dir / f"checkpoints/step-{(int(saved[5:]) // 5 + 1) * 5:07d}", process)
     rank_process(process, 1).kill()
     assert process.wait(180) == 0
@@ -141,22 +131,22 @@ def test_other_ranks_and_stages_go_on_from_whole_layers(commands, photos, tmp_pa
         "--optimizer.base-learning-rate 0.02"
     ).split()
 
-    def train(run_dir, ranks, stage):
+    def train(run_dir, stage):
         ds_config = tmp_path / f"stage{stage}.json"
         ds_config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
         flags = (*SETTINGS, *plain, "--data.train", photos.train, "--run-dir", run_dir)
-        return commands.train(*flags, ranks=ranks, ds=ds_config)
+        return commands.train(*flags, ds=ds_config)
 
-    assert commands.run(*train(tmp_path / "whole", 1, 0)).returncode == 0
+    assert commands.run(*train(tmp_path / "whole", 0)).returncode == 0
     whole = commands.losses(tmp_path / "whole")
-    process = commands.start(*train(tmp_path / "killed", 2, 1))
+    process = commands.start(*train(tmp_path / "killed", 1), ranks=2)
     wait_for(tmp_path / "killed/checkpoints/latest", process)
-    kill_all(process)
+    process.kill()
     assert not (tmp_path / "killed/checkpoints/step-0000020").exists(), "killed too late to tell"
     for ranks, stage in ((1, 0), (2, 3)):
         run_dir = tmp_path / f"{ranks} ranks, stage {stage}"
         shutil.copytree(tmp_path / "killed", run_dir)
-        done = commands.run(*train(run_dir, ranks, stage))
+        done = commands.run(*train(run_dir, stage), ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         resumed = commands.losses(run_dir)
         assert list(resumed) == list(range(1, 21))

@@ -174,12 +174,20 @@ WRONG += [
 ]
 
 
-def on(ranks: int) -> list[Cell]:
-    """Return what is trained on a number of ranks."""
-    rest = BATCH_NORM + OTHERS
-    found = PRODUCT + REFUSED + (rest[::3] if ranks == 4 else rest)  # they share two cores
-    if ranks == 2:
-        return found + ON_TWO_RANKS + WRONG
-    if ranks == 1:
-        found = found + [c for cell in found for c in (cell.exact, cell.rounded)]
-    return list(dict.fromkeys(found))
+def _with_what_they_equal(found: list[Cell]) -> list[Cell]:
+    """Return cells, and those of one rank that they are compared with."""
+    more = [other for cell in found for other in (cell.exact, cell.rounded)]
+    return list(dict.fromkeys(found + more))
+
+
+_TRAINED = PRODUCT + REFUSED + BATCH_NORM + OTHERS
+# What is trained on how many ranks, for test_matrix and for test_json_keys.
+MATRIX: dict[int, list[Cell]] = {
+    1: _with_what_they_equal(_TRAINED),
+    2: _TRAINED + WRONG,
+    4: PRODUCT + REFUSED + (BATCH_NORM + OTHERS)[::3],  # they share two cores
+}
+JSON_KEYS: dict[int, list[Cell]] = {
+    1: [cell for cell in _with_what_they_equal([*ON_TWO_RANKS, Cell("bf16")]) if not cell.extra],
+    2: ON_TWO_RANKS,
+}

@@ -257,10 +257,10 @@ def plain(cell: Cell) -> dict[str, Any]:
     return {**found, "losses": losses, "norms": norms}
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """Train every cell of this number of ranks."""
+def measure(chosen: list[Cell], folder: Path) -> dict[str, Any]:
+    """Train cells, one after another."""
     found: dict[str, Any] = {"cells": {}, "start": {}}
-    for number, cell in enumerate(cells.on(dist.get_world_size())):
+    for number, cell in enumerate(chosen):
         printed = io.StringIO()
         # DeepSpeed refuses fp16 on a CPU, which torch has learnt meanwhile; and it remembers for
         # the whole process that an engine had autocast.
@@ -275,12 +275,12 @@ def measure(folder: Path) -> dict[str, Any]:
         for norm in ("layer", "batch"):
             parameters = make_model(norm).parameters()
             found["start"][norm] = torch.cat([p.detach().flatten() for p in parameters]).tolist()
-        exact = dict.fromkeys(cell.exact for cell in cells.on(1) if cell.exact.chunks == 1)
+        exact = dict.fromkeys(cell.exact for cell in chosen if cell.exact.chunks == 1)
         found["plain"] = {str(cell): plain(cell) for cell in exact}
     return found
 
 
-def run_rank(rank: int, num_ranks: int, folder: Path) -> None:
+def run_rank(rank: int, num_ranks: int, chosen: list[Cell], folder: Path) -> None:
     """Join the group and train everything; rank 0 writes."""
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{num_ranks}"}
     deepspeed.init_distributed(
@@ -291,25 +291,25 @@ def run_rank(rank: int, num_ranks: int, folder: Path) -> None:
         rank=rank,
         world_size=num_ranks,
     )
-    found = measure(folder / f"ranks-{num_ranks}")
+    found = measure(chosen, folder / f"ranks-{num_ranks}")
     if rank == 0:
         (folder / f"{num_ranks}.json").write_text(json.dumps(found))
     dist.barrier()
     os._exit(0)  # engines that were destroyed leave hooks that hinder an orderly end
 
 
-def main(result: str) -> None:
-    """Train on every number of ranks, in processes that inherit what is imported here."""
+def main(result: str, plan: dict[int, list[Cell]]) -> None:
+    """Train cells by their number of ranks, in processes that inherit what is imported here."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)
     gc.freeze()  # DeepSpeed collects garbage at each start: not through all modules each time
     folder = Path(result).parent
-    for ranks in cells.RANKS:
-        start_processes(run_rank, (ranks, folder), ranks, start_method="fork")
-    files = {ranks: folder / f"{ranks}.json" for ranks in cells.RANKS}
+    for ranks, chosen in plan.items():
+        start_processes(run_rank, (ranks, chosen, folder), ranks, start_method="fork")
+    files = {ranks: folder / f"{ranks}.json" for ranks in plan}
     Path(result).write_text(json.dumps({r: json.loads(f.read_text()) for r, f in files.items()}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[2])
+    main(sys.argv[2], cells.MATRIX)

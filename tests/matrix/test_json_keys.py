@@ -31,6 +31,12 @@ REFUSED_BY_DEEPSPEED = {
 }
 
 
+@pytest.fixture(scope="module")
+def measured(train_cells):
+    """Train the cells whose JSON says something else."""
+    return train_cells("json_keys_ranks.py")
+
+
 def having(*extras: str) -> list[Cell]:
     """Return the cells of two ranks with these pieces of JSON that train."""
     found = [cell for cell in cells.ON_TWO_RANKS if cell.extra in extras]

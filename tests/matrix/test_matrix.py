@@ -7,21 +7,29 @@ import pytest
 
 from tests.matrix import cells
 from tests.matrix.cells import RANKS, Cell
-from tests.matrix.deviations import EXACT, between, from_exact, of, over_bounds
+from tests.matrix.deviations import EXACT, between, from_exact, of, over_bounds, table
 
 pytestmark = pytest.mark.slow
 TRAINED = [
     (ranks, cell)
     for ranks in RANKS
-    for cell in cells.on(ranks)
-    if cell not in cells.REFUSED + cells.ON_TWO_RANKS + cells.WRONG
+    for cell in cells.MATRIX[ranks]
+    if cell not in cells.REFUSED + cells.WRONG
 ]
 PLAIN = sorted({cell.exact for _, cell in TRAINED if cell.exact.chunks == 1}, key=str)
 ROUNDED = sorted({cell.rounded for _, cell in TRAINED if cell.precision != "fp32"}, key=str)
 
 
+@pytest.fixture(scope="module")
+def measured(train_cells):
+    """Train every cell; ``pytest -s`` shows how far the product is from one process in fp32."""
+    found = train_cells("matrix_ranks.py")
+    print("\nway of the weights, loss; from one process in fp32\n" + table(found))
+    return found
+
+
 def test_the_product_is_complete():
-    found = {(ranks, c) for ranks in RANKS for c in cells.on(ranks)}
+    found = {(ranks, c) for ranks in RANKS for c in cells.MATRIX[ranks]}
     for precision in ("fp32", "autocast", "bf16", "fp16"):
         for stage in range(4):
             for chunks in (1, 4):
@@ -77,5 +85,5 @@ def test_an_error_exceeds_every_bound(measured, cell):
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("cell", [c for c in cells.OTHERS if "offloaded" in c.extra], ids=str)
 def test_offloading_reaches_the_engine(measured, ranks, cell):
-    if cell in cells.on(ranks):
+    if cell in cells.MATRIX[ranks]:
         assert of(measured, ranks, cell)["engine"]["offloads"]

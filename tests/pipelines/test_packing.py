@@ -101,8 +101,7 @@ def test_the_command_tells_what_decides_the_bytes(many: Path, target: Path) -> N
     transform = Transform("jpeg", 80, 4)
     settings = Settings("s3://me:secret@host/x y/?sig=1", "train", seed=3, transform=transform)
     assert settings.command() == (
-        "python tools/make_shards.py 'x y' --out train --seed 3 --encode jpeg --quality 80 "
-        "--shorter-side 4"
+        "fastclr shards 'x y' --out train --seed 3 --encode jpeg --quality 80 --shorter-side 4"
     )
     assert "secret" not in Settings("s3://me:secret@host", "train").command()
 

@@ -165,7 +165,7 @@ def test_a_tar_gives_the_same_shards_as_its_folder(
     assert first == second
     assert [m.pop("source") for m in manifests] == ["x", "y.tar"]
     commands = [m.pop("command") for m in manifests]
-    assert commands[0] == "python tools/make_shards.py x --out train"
+    assert commands[0] == "fastclr shards x --out train"
     assert commands[0].replace(" x ", " y.tar ") == commands[1]
     assert manifests[0] == manifests[1]
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from fastclr.interruption import Interruption
+from fastclr.interruption import Interruption, Preempted
 from fastclr.studies.images import StudyImages, open_images
 from fastclr.studies.running import run_study
 from fastclr.studies.scales import TOY
 from fastclr.studies.study import Arm, Run, Study, Variant
-from fastclr.studies.work import WORKS, Job
+from fastclr.studies.work import WORKS, Job, train
+from fastclr.trainer import Trainer
 from pipelines.photos import write_photo_tiles
 from pipelines.writer import write_shards
 
@@ -72,7 +75,7 @@ def study(images: StudyImages, tmp_path: Path) -> Callable[..., list[dict]]:
             num_seeds=num_seeds,
             results=tmp_path / "results",
             work_dir=tmp_path / "work",
-            command=["python", "tools/study.py"],
+            command=["fastclr", "study"],
             say=(said if said is not None else []).append,
         )
 
@@ -91,6 +94,30 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
     monkeypatch.setitem(WORKS, "instant", work)
     return asked
+
+
+@pytest.fixture
+def broken_off(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Return a function that trains a job until a signal comes in its second step.
+
+    It returns a list of one number a step, which grows when the training goes on.
+    """
+
+    def begin(broken: Job, trainer: type[Trainer] = Trainer) -> list[int]:
+        step, steps = trainer.train_step, []
+
+        def interrupted(self: Trainer, *args: Any) -> Any:
+            steps.append(0)
+            if len(steps) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, *args)
+
+        monkeypatch.setattr(trainer, "train_step", interrupted)
+        with pytest.raises(Preempted):
+            train(broken)
+        return steps
+
+    return begin
 
 
 def plain_study(names: dict[str, Arm], claims: list, **settings: Any) -> Study:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +10,6 @@ import torch
 
 from fastclr.batch import Batch
 from fastclr.config import ConfigError, OptimizerConfig
-from fastclr.interruption import Preempted
 from fastclr.losses import NTXent, nt_xent
 from fastclr.simclr import SimCLR
 from fastclr.studies.alternating_steps import AlternatingTrainer, two_rate_optimizer
@@ -202,23 +199,12 @@ def test_steps_go_through_earlier_batches_in_turn(tmp_path, monkeypatch):
     assert torch.equal(third[0], second[1])
 
 
-def test_a_training_goes_on_with_the_earlier_batches_it_had(job, monkeypatch):
+def test_a_training_goes_on_with_the_earlier_batches_it_had(job, broken_off):
     """Weights after an interruption equal those without one, to the last bit."""
     variant = Variant(alternating=Alternating(head_steps=2, earlier_batches=2))
     whole, _ = train(job(variant=variant, name="whole"))
     broken = job(variant=variant, name="broken")
-    step = AlternatingTrainer.train_step
-    steps = []
-
-    def interrupted(self, batch, statistics=None):
-        steps.append(0)
-        if len(steps) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch, statistics)
-
-    monkeypatch.setattr(AlternatingTrainer, "train_step", interrupted)
-    with pytest.raises(Preempted):
-        train(broken)
+    steps = broken_off(broken, AlternatingTrainer)
     (kept,) = broken.run_dir.glob("earlier-*")
     assert kept.name == "earlier-2.safetensors"
     resumed, _ = train(broken)

@@ -268,25 +268,11 @@ def test_claims_and_published_numbers_are_of_arms_that_exist(name):
             assert claim.arms
 
 
-def test_a_training_that_a_signal_broke_off_is_gone_on_with(job, monkeypatch):
+def test_a_training_that_a_signal_broke_off_is_gone_on_with(job, broken_off):
     """Weights after an interruption equal those without one."""
     whole, _ = train(job(name="whole"))
     broken = job(name="broken")
-    broken.interruption.requested = None
-    steps = []
-    from fastclr.trainer import Trainer
-
-    step = Trainer.train_step
-
-    def interrupted(self, batch, statistics=None):
-        steps.append(0)
-        if len(steps) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch, statistics)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    with pytest.raises(Preempted):
-        train(broken)
+    steps = broken_off(broken)
     resumed, _ = train(broken)
     assert len(steps) == 3
     for name, value in whole.state_dict().items():

@@ -387,6 +387,8 @@ def measure(folder: Path) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "left": [str(path) for path in folder.iterdir()] if dist.get_rank() == 0 else [],
         }
+        # Its interpreter takes five seconds for the views of a build: the first's are enough.
+        BACKENDS.pop("triton", None)
 
     many = dist.get_world_size() > 1
     for name, ds in SOUND.items():
