@@ -9,8 +9,13 @@ DS_CONFIG := fastclr/recipes/fp32_clipped.json
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo cifar10 studies throughput test verify drills bench-check check format clean
+.PHONY: demo cifar10 studies throughput test verify gpu-check drills bench-check check format clean
 .DELETE_ON_ERROR:
+
+# What runs on the GPU where there is one, and tests that need one.
+GPU_TESTS = tests/kernels/test_nt_xent_triton.py tests/kernels/test_lars_kernels.py \
+	tests/kernels/test_augment_triton.py tests/pipelines/test_augment.py \
+	tests/end_to_end/test_engines.py tests/gpu/loading.py tests/gpu/training.py
 
 demo: data/demo/train/manifest.json data/demo/test/manifest.json
 	$(DEEPSPEED) fastclr/train.py --ds-config $(DS_CONFIG) --recipe demo \
@@ -42,6 +47,13 @@ verify: .venv/.installed
 		--ds-config tests/verify/stage3.json || exit 1; done
 	for ranks in 2 4; do $(DEEPSPEED) --num_accelerators $$ranks tools/verify.py || exit 1; done
 
+# On a machine with a GPU: kernels compiled, views, training, the gradient, and two figures.
+gpu-check: .venv/.installed
+	TRITON_INTERPRET=0 python -m pytest -s -k "not numba" $(GPU_TESTS) $(FLAGS)
+	python tools/verify.py
+	python benchmarks/nt_xent.py --device cuda
+	python benchmarks/lars.py --device cuda
+
 # Tier P of the drills; FLAGS="--tier L --out benchmarks/results" for a release.
 drills: .venv/.installed
 	python tests/drills/run.py $(FLAGS)
@@ -52,6 +64,7 @@ check: .venv/.installed
 	pyright
 	lint-imports
 	codespell
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 format: .venv/.installed
 	ruff format .

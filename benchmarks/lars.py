@@ -1,6 +1,6 @@
 """Time of a step of LARS: ours, other libraries', plain loops, SGD, and what memory allows.
 
-python benchmarks/lars.py [--models resnet50 vit_base_patch16_224 1000-tensors] [--rounds 15]
+python benchmarks/lars.py [--models resnet50 vit_base_patch16_224 1000-tensors] [--device cuda]
 
 Everything runs in turn in one process, on weights, gradients and momenta of its own. Two floors are
 measured beside it on flat buffers of the same size: two norms and torch's fused SGD, the least that
@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -50,7 +50,7 @@ def shapes(model: str) -> list[torch.Size]:
 
 def groups(sizes: list[torch.Size]) -> Groups:
     """Make weights and gradients: adapted and decayed, and those of fewer than 2 dimensions."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     parameters = [nn.Parameter(0.05 * torch.randn(s, generator=generator)) for s in sizes]
     for p in parameters:
         p.grad = 1e-3 * torch.randn(p.shape, generator=generator)
@@ -170,13 +170,15 @@ def check(sizes: list[torch.Size]) -> None:
                 torch.testing.assert_close(p - before, q - before, rtol=1e-3, atol=1e-7)
 
 
-def measure(model: str, rounds: int) -> list[dict[str, Any]]:
+def measure(model: str, rounds: int, device: str) -> list[dict[str, Any]]:
     """Time everything on one model; return a row each, with the seconds of every round."""
     sizes = shapes(model)
     numel = sum(size.numel() for size in sizes)
-    check(sizes)
-    steps = {name: make(groups(sizes)) for name, make in CONTENDERS.items()}
-    seconds = whole_triads(interleaved(steps | floors(numel), rounds))
+    with torch.device(device):  # not while they run: it costs each torch function microseconds
+        check(sizes)
+        steps = {name: make(groups(sizes)) for name, make in CONTENDERS.items()}
+        steps |= floors(numel)
+    seconds = whole_triads(interleaved(steps, rounds))
     common = {"model": model, "tensors": len(sizes), "parameters": numel}
     return [
         {**measurement("optimizer step", name, values, sizes=common, warm_ups=2), "seconds": values}
@@ -224,26 +226,32 @@ def targets(rows: list[dict[str, Any]]) -> list[str]:
 def main(
     models: tuple[str, ...] = ("resnet50", "vit_base_patch16_224", "1000-tensors"),
     rounds: int = 15,
-    out: Path = RESULTS,
+    device: Literal["cpu", "cuda"] = "cpu",
+    out: Path | None = None,
 ) -> None:
     """Measure, and write the rows and the tables.
 
     Args:
         models: timm models, or 1000-tensors.
         rounds: Rounds of each model; a round calls everything once.
-        out: Page whose tables are replaced; the rows go beside it, as .jsonl.
+        device: Where the weights lie.
+        out: Page whose tables are replaced, results/lars.md or lars_cuda.md if not given; the rows
+            go beside it, as .jsonl.
     """
+    on_cpu = device == "cpu"
+    out = out or (RESULTS if on_cpu else RESULTS.with_stem("lars_cuda"))
     rows, page = [], []
     for model in models:
-        found = measure(model, rounds)
+        found = measure(model, rounds, device)
         rows += found
-        page += [*(targets(found) if model == "resnet50" else []), *table(found)]
+        page += [*(targets(found) if model == "resnet50" and on_cpu else []), *table(found)]
         print("\n".join(table(found)))
     about = facts()
     hardware, versions = about["hardware"], about["versions"]
+    where = f"{hardware['processor']}, {about['threads']} threads" if on_cpu else hardware["device"]
     head = (
-        f"{now()[:10]}, `python benchmarks/lars.py`, {hardware['processor']}, "
-        f"{about['threads']} threads, torch {versions['torch']} fp32. Times in one run, "
+        f"{now()[:10]}, `python benchmarks/lars.py{'' if on_cpu else ' --device cuda'}`, {where}, "
+        f"torch {versions['torch']} fp32. Times in one run, "
         f"{rounds} rounds; factors are medians of those within a round."
     )
     before = out.read_text(encoding="utf-8").partition(HEADING)[0] if out.exists() else "# LARS\n\n"

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from fastclr.digests import digest
 from fastclr.world import World
 
 
@@ -80,21 +80,3 @@ def check(engine: Any, step: int, world: World, *, has_local_statistics: bool) -
         "differently. Nothing of it is saved; start the same command again to go on from the last "
         "checkpoint, without that machine if it happens again."
     )
-
-
-def digest(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a number that any one other word, or the same words in another order, would change.
-
-    Args:
-        tensor: Of any type.
-
-    Returns:
-        int64 scalar on its device: words of 8 bytes, each times its own odd number, added up modulo
-        2^64.
-    """
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if rest := len(raw) % 8:
-        raw = nn.functional.pad(raw, (0, 8 - rest))
-    words = raw.view(torch.int64)
-    odd = torch.arange(1, 2 * len(words), 2, device=words.device) * -7046029254386353131
-    return (words * odd).sum()

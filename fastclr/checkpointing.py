@@ -31,12 +31,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastclr import fencing
-from fastclr.collectives import from_first, together
+from fastclr.collectives import from_all, from_first, together
 from fastclr.config import ConfigError
 from fastclr.facts import versions
 from fastclr.fencing import Fence
-from fastclr.files import plain_files, sha256_of, sync, write_json, written_by_others
+from fastclr.files import keep_from_others, plain_files, sha256_of, sync, written_by_others
 from fastclr.optim import LARS
+from fastclr.sealing import Seals
 
 logger = logging.getLogger(__name__)
 
@@ -93,67 +94,116 @@ def save(
         ConfigError: If a later start of the run has taken over; likewise.
     """
     name = f"step-{facts['step']:07d}"
-    partial = folder / f".{name}.{fence.writer.number}.partial"
+    number = fence.writer.number
+    partial = folder / f".{name}.{number}.partial"
+    pointers = {folder / p: folder / f".{p}.{number}.partial" for p in (LATEST, BEST)[: 1 + best]}
     try:
-        with together(), _disk_named(folder):
+        with Seals(partial) as seals:
+            with together(), _disk_named(folder):
+                if dist.get_rank() == 0:
+                    fence.check()
+                    for old in folder.glob(".*.partial"):  # of starts that were killed
+                        _remove(old)
+                    partial.mkdir(parents=True, mode=0o755)
+            hashes = _write_tensors_of(engine, partial, facts["step"], seals, lars, probe)
+            with together(), _disk_named(folder):
+                if dist.get_rank() == 0:
+                    whole = {**facts, "layout": _layout(engine)}
+                    _write_list(partial, whole, hashes, fence, seals)
+                    for coming in pointers.values():
+                        seals.write_text(coming, json.dumps(name))
+                seals.wait()
+        with together(), _disk_named(folder):  # every rank's files are on the disk
             if dist.get_rank() == 0:
-                fence.check()
-                for old in folder.glob(".step-*.partial"):  # of starts that were killed
-                    shutil.rmtree(old, ignore_errors=True)
-                partial.mkdir(parents=True, mode=0o755)
-        failures = _save_weights(engine, partial / WEIGHTS, facts["step"])
-        _raise_first(failures, folder)
-        with _failures_kept(engine) as failures:
-            engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-        _raise_first(failures, folder)
-        layers = lars.layer_state() if lars else {}
-        with together(), _disk_named(folder):
-            if dist.get_rank() == 0:
-                for file, state in ((LAYERS, layers), (PROBE, probe)):
-                    if state:
-                        save_file(
-                            {k: v.cpu().contiguous() for k, v in state.items()}, partial / file
-                        )
-        with together(), _disk_named(folder):  # every rank has written
-            if dist.get_rank() == 0:
-                _commit(partial, folder / name, {**facts, "layout": _layout(engine)}, fence)
-                for pointer in (LATEST, BEST) if best else (LATEST,):
-                    _point(folder / pointer, name)
+                _commit(partial, folder / name, fence)
+                for pointer, coming in pointers.items():
+                    _point(pointer, coming)
                 _prune(folder, retention)
     except BaseException:
         if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # it would take room that is needed
+            for part in (partial, *pointers.values()):
+                _remove(part)  # it would take room that is needed
         raise
     return folder / name
 
 
-def _commit(partial: Path, final: Path, facts: Mapping[str, Any], fence: Fence) -> None:
-    """Put a checkpoint that is written, complete and on the disk, where it is looked for."""
-    files = plain_files(partial)
-    hashes = {p.relative_to(partial).as_posix(): sha256_of(p) for p in files}
-    for path in (*files, partial):
-        with suppress(PermissionError):  # storage without modes
-            path.chmod(path.stat().st_mode & ~0o022)
-        sync(path)
+def _write_tensors_of(
+    engine: DeepSpeedEngine,
+    partial: Path,
+    step: int,
+    seals: Seals,
+    lars: LARS | None,
+    probe: Mapping[str, torch.Tensor] | None,
+) -> dict[str, str]:
+    """Write all but the list; return the sha256 of every rank's files by name."""
+    failures, folder = _save_weights(engine, partial / WEIGHTS, step, seals), partial.parent
+    with together(), _disk_named(folder):
+        if failures:
+            raise failures[0]
+    layers = lars.layer_state() if lars else {}
+    with together(), _disk_named(folder):
+        if dist.get_rank() == 0:
+            _write_tensors(partial / LAYERS, layers, seals)
+            _write_tensors(partial / PROBE, probe or {}, seals)
+    # Last, because it takes longest: the files above are sealed beside it.
+    with _failures_kept(engine, seals) as failures:
+        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+    with together(), _disk_named(folder):
+        if failures:
+            raise failures[0]
+        hashes = seals.hashes()
+    return {file: digest for own in from_all(hashes) for file, digest in own.items()}
+
+
+def _write_tensors(file: Path, state: Mapping[str, torch.Tensor], seals: Seals) -> None:
+    """Write tensors, if there are any."""
+    if state:
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, file)
+        seals.begin(file)
+
+
+def _write_list(
+    partial: Path, facts: Mapping[str, Any], hashes: dict[str, str], fence: Fence, seals: Seals
+) -> None:
+    """Write the list of a checkpoint's files, and begin to sync it and their names."""
+    fence.check()
+    files = {p.relative_to(partial).as_posix(): p for p in plain_files(partial)}
+    for name in sorted(files.keys() - hashes.keys()):  # nobody said that it was written
+        seals.begin(files[name])
+        hashes = {**hashes, name: sha256_of(files[name])}
+    if gone := sorted(hashes.keys() - files.keys()):
+        raise OSError(f"{partial / gone[0]} was written by a rank and is not there for rank 0")
     owner = {"run": fence.writer.run, "start": fence.writer.number}
-    settings = final.parent.parent / "config.json"
+    settings = partial.parent.parent / "config.json"
     stamp = {"versions": versions(), "sha256": hashes, "config_sha256": None}
     if settings.is_file():
         stamp["config_sha256"] = sha256_of(settings)
     whole = {**facts, **owner, **stamp}
-    write_json(partial / FACTS, {**whole, SEAL: _seal(whole)})
-    sync(partial)
+    keep_from_others(partial)
+    seals.write_text(partial / FACTS, json.dumps({**whole, SEAL: _seal(whole)}, indent=1))
+    seals.sync(partial)
+
+
+def _remove(part: Path) -> None:
+    """Remove what was begun, a folder or a file."""
+    shutil.rmtree(part, ignore_errors=True)
+    with suppress(OSError):
+        part.unlink()
+
+
+def _commit(partial: Path, final: Path, fence: Fence) -> None:
+    """Put a checkpoint that is written, complete and on the disk, where it is looked for."""
     fence.check()
     shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
     partial.replace(final)
     sync(final.parent)
 
 
-def _point(pointer: Path, name: str) -> None:
-    """Let a pointer name a checkpoint; a folder that is in its way is put aside."""
+def _point(pointer: Path, coming: Path) -> None:
+    """Let a pointer name its checkpoint; a folder that is in its way is put aside."""
     if pointer.is_dir() and not pointer.is_symlink():
         pointer.rename(pointer.with_name(f"{pointer.name}.was-a-folder"))
-    write_json(pointer, name)
+    coming.replace(pointer)
 
 
 @contextmanager
@@ -171,27 +221,23 @@ def _disk_named(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _raise_first(failures: list[Exception], folder: Path) -> None:
-    """Raise, on every rank, what one of them could not write for.
-
-    Raised only here, after the collectives in between: one that a rank leaves alone hangs.
-    """
-    with together(), _disk_named(folder):
-        if failures:
-            raise failures[0]
-
-
 @contextmanager
-def _failures_kept(engine: Any) -> Iterator[list[Exception]]:
-    """Let DeepSpeed go on when a file cannot be written: the other ranks wait in its barriers."""
+def _failures_kept(engine: Any, seals: Seals) -> Iterator[list[Exception]]:
+    """Let DeepSpeed go on when a file cannot be written: the other ranks wait in its barriers.
+
+    The failures are raised after it: a collective that a rank leaves alone hangs.
+    What it has written is sealed while it writes the next.
+    """
     writer, failures = engine.checkpoint_engine, []
     save_one = writer.save
 
     def keep(*args: Any, **options: Any) -> None:
+        file = options.get("path") or args[-1]
         try:
             save_one(*args, **options)
+            seals.begin(Path(file))
         except (OSError, RuntimeError) as error:  # torch's own writer raises the second
-            failures.append(OSError(f"{options.get('path') or args[-1]}: {error}"))
+            failures.append(OSError(f"{file}: {error}"))
 
     writer.save = keep
     try:
@@ -422,7 +468,7 @@ def _load_weights(engine: DeepSpeedEngine, file: Path) -> None:
         module.load_state_dict(state)
 
 
-def _save_weights(engine: DeepSpeedEngine, file: Path, step: int) -> list[Exception]:
+def _save_weights(engine: DeepSpeedEngine, file: Path, step: int, seals: Seals) -> list[Exception]:
     """Write the module's whole state on rank 0; gathers it under ZeRO stage 3.
 
     Returns:
@@ -433,7 +479,7 @@ def _save_weights(engine: DeepSpeedEngine, file: Path, step: int) -> list[Except
     parameters = list(module.parameters()) if sharded else []
     with deepspeed.zero.GatheredParameters(parameters, enabled=sharded):
         if dist.get_rank() == 0:
-            state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+            state = module.state_dict()
             for name, tensor in state.items():
                 if not tensor.isfinite().all():
                     what = (
@@ -442,7 +488,7 @@ def _save_weights(engine: DeepSpeedEngine, file: Path, step: int) -> list[Except
                     )
                     return [FloatingPointError(what)]
             try:
-                save_file(state, file)
+                _write_tensors(file, state, seals)
             except (OSError, SafetensorError) as error:
                 return [error]
     return []

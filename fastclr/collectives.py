@@ -86,6 +86,14 @@ def from_first(value: Any) -> Any:
     return values[0]
 
 
+def from_all(value: Any) -> list[Any]:
+    """Return every rank's value on every rank; every rank calls this."""
+    values: list[Any] = [value] * num_ranks()
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=host_group())
+    return values
+
+
 def all_gather(
     rows_ND: torch.Tensor, num_rows_R: Sequence[int], group: dist.ProcessGroup | None = None
 ) -> torch.Tensor:

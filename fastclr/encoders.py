@@ -92,7 +92,14 @@ def create(name: str, width: float = 1.0, stem: str = "imagenet") -> Encoder:
 
 
 def from_config(config: EncoderConfig) -> Encoder:
-    """Create the encoder that a configuration describes; see :func:`create`."""
+    """Create the encoder that a configuration describes.
+
+    Args:
+        config: Name, width, stem, and whether activations are computed again.
+
+    Raises:
+        ConfigError: As :func:`create`, or if the encoder cannot compute activations again.
+    """
     encoder = create(config.name, config.width, config.stem)
     if config.activation_checkpointing:
         encoder.checkpoint_activations()

@@ -179,8 +179,14 @@ def _init_distributed(world: World, device: torch.device, timeout: timedelta) ->
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        init_process_group(backend, timeout)
+        init_process_group(backend, timeout, device if backend == "nccl" else None)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def leave() -> None:
+    """End the process group, as NCCL wants it before a process ends; all ranks call this."""
+    if torch.distributed.is_initialized():
+        deepspeed.comm.destroy_process_group()  # torch's and DeepSpeed's own
 
 
 def _free_port() -> int:

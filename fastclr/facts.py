@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -27,6 +28,11 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and the packages that compute."""
+    return dict(_versions())
+
+
+@functools.cache  # looking them up takes milliseconds, and each save names them
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

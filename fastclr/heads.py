@@ -17,12 +17,21 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def none(feature_dim: int) -> nn.Sequential:
-    """Return the head that changes nothing: z = h."""
+    """Return the head that changes nothing: z = h.
+
+    Args:
+        feature_dim: Width F of h, and of z.
+    """
     return nn.Sequential(OrderedDict(identity=nn.Identity()))
 
 
 def linear(feature_dim: int, output_dim: int = 128) -> nn.Sequential:
-    """Return one linear layer without bias (Chen et al. 2020, section 4.2)."""
+    """Return one linear layer without bias (Chen et al. 2020, section 4.2).
+
+    Args:
+        feature_dim: Width F of h.
+        output_dim: Width D of z.
+    """
     return nn.Sequential(OrderedDict(fc1=nn.Linear(feature_dim, output_dim, bias=False)))
 
 
@@ -74,6 +83,10 @@ HEADS: dict[str, Callable[[HeadConfig, int], nn.Sequential]] = {
 
 def from_config(config: HeadConfig, feature_dim: int) -> nn.Sequential:
     """Create the head that a configuration describes.
+
+    Args:
+        config: Kind, depth, widths and norm.
+        feature_dim: Width F of h.
 
     Raises:
         ConfigError: If the kind is not in :data:`HEADS`.

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 EXIT_PREEMPTED, EXIT_PEER_LOST = 75, 76
 # A launcher passes on what its children got themselves; that is not a second wish.
 ECHO_SECONDS = 2.0
@@ -36,7 +36,7 @@ class WaitInterrupted(Exception):
 
 
 class Interruption:
-    """Remembers that SIGTERM, SIGUSR1 or SIGINT came; a context that may be entered again inside.
+    """Remembers that one of :data:`SIGNALS` came; a context that may be entered again inside.
 
     Another one, two seconds after the first or later, ends the process at once with 128 + its
     number. Off the main thread, where Python allows no handlers, nothing is caught.

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from fastclr.batch import Batch
 from fastclr.config import ConfigError
 from fastclr.contracts import BatchSource
+from fastclr.digests import digest_rows, odd
 from fastclr.files import sync, write_durably
 from fastclr.world import World
 
@@ -168,32 +169,20 @@ def next_number(run_dir: Path) -> int:
 def digest_of(views_VBCHW: torch.Tensor) -> torch.Tensor:
     """Return a number that other pixels, or the same in another order, would change.
 
-    A sum of words times odd numbers, modulo 2^64: one pass over the bytes where they lie. It finds
-    mistakes; a forger could pass by it.
-
     Args:
         views_VBCHW: uint8 views; their layout in memory does not count.
 
     Returns:
-        int64 scalar on their device.
+        int64 scalar on their device, see :mod:`fastclr.digests`.
     """
     bytes_RK = views_VBCHW.permute(0, 1, 3, 4, 2).reshape(views_VBCHW.shape[:2].numel(), -1)
-    if rest := bytes_RK.shape[1] % 8:
-        bytes_RK = torch.nn.functional.pad(bytes_RK, (0, 8 - rest))
-    words_RW = bytes_RK.contiguous().view(torch.int64)
-    row_R = (words_RW * _odd(words_RW.shape[1], words_RW.device)).sum(1)
-    return ((row_R ^ (row_R >> 29)) * _odd(len(row_R), words_RW.device)).sum()
+    row_R = digest_rows(bytes_RK)
+    return ((row_R ^ (row_R >> 29)) * odd(len(row_R), row_R.device)).sum()
 
 
 def unsigned(digest: torch.Tensor) -> int:
     """Return a digest as it stands in an :class:`Entry`, 0 to 2^64 - 1."""
     return int(digest) & 0xFFFFFFFFFFFFFFFF
-
-
-def _odd(count: int, device: torch.device) -> torch.Tensor:
-    """Return odd numbers that differ in all their bits, int64."""
-    numbers = torch.arange(1, count + 1, device=device) * -7046029254386353131  # 2^64 / golden
-    return (numbers ^ (numbers >> 31)) | 1
 
 
 def _pack(id_B: npt.NDArray[np.int64]) -> str:

@@ -10,12 +10,15 @@ import secrets
 import time
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 _POLL_SECONDS = 0.05
 
 
-def init_process_group(backend: str, timeout: timedelta) -> None:
+def init_process_group(
+    backend: str, timeout: timedelta, device: torch.device | None = None
+) -> None:
     """Join the process group that the environment describes.
 
     torchrun keeps one store over its restarts. Gloo would find the addresses of dead ranks there,
@@ -24,6 +27,7 @@ def init_process_group(backend: str, timeout: timedelta) -> None:
     Args:
         backend: ``gloo`` or ``nccl``.
         timeout: How long a collective may wait for another rank.
+        device: Of this rank, for NCCL, which guesses otherwise.
 
     Raises:
         RuntimeError: If a rank does not come within the timeout.
@@ -31,7 +35,9 @@ def init_process_group(backend: str, timeout: timedelta) -> None:
     store, rank, num_ranks = next(dist.rendezvous("env://", timeout=timeout))
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:
         store = dist.PrefixStore(agree_on_prefix(store, rank, num_ranks, timeout), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout, device_id=device
+    )
 
 
 def agree_on_prefix(store: dist.Store, rank: int, num_ranks: int, timeout: timedelta) -> str:

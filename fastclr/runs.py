@@ -27,7 +27,7 @@ from fastclr import (
 )
 from fastclr.config import Config, ConfigError
 from fastclr.data_sets import DataSet
-from fastclr.engine import device_of
+from fastclr.engine import device_of, leave
 from fastclr.evaluation import knn, linear, online
 from fastclr.evaluation.features import Features, Pixels, extract
 from fastclr.evaluation.linear_joint import JointProbe
@@ -113,6 +113,7 @@ def train(
         )
         if summary.damaged_samples:
             print(f"{summary.damaged_samples} damaged images were replaced; the log names them")
+    leave()
     return summary
 
 

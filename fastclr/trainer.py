@@ -34,9 +34,11 @@ from fastclr.finite import FiniteGuard, NonFiniteLoss
 from fastclr.interruption import Interruption, Preempted, WaitInterrupted
 from fastclr.losses import gradient_cache
 from fastclr.metrics import MetricsLog, RowLog
+from fastclr.monitors import Monitors
 from fastclr.optim import LARS
 from fastclr.optim.schedules import Schedule
 from fastclr.simclr import SimCLR
+from fastclr.stragglers import Stragglers
 from fastclr.watchdog import Watchdog
 from fastclr.window import Window
 from fastclr.world import World
@@ -124,6 +126,7 @@ class Trainer:
         self._ledger: Any = None  # from fit on, as is the next
         self._fence: Any = None
         self._finite = FiniteGuard(self.world)
+        self._stragglers = Stragglers(self.world)
         self._watchdog = Watchdog(
             faults.watchdog_seconds, self.world.rank, self.world.num_ranks, self.run_dir
         )
@@ -153,8 +156,7 @@ class Trainer:
         else:
             loss = loss_of(*self._project(views_VBCHW).chunk(2))
             self.engine.backward(loss)
-            self._finite.check()
-            self.engine.step()
+            self._update()
         if self.probe:
             self.probe.learn(batch.label_B, self.total_steps)
         self._count(batch)
@@ -183,7 +185,12 @@ class Trainer:
         """Add a chunk's part of the gradient; the engine steps after the last one."""
         # The engine takes parts for losses to be averaged, and divides by their number.
         self.engine.backward(part * self.engine.gradient_accumulation_steps())
+        self._update()
+
+    def _update(self) -> None:
+        """Let the engine step, or count a part of a batch, unless a loss is not finite."""
         self._finite.check()
+        self._stragglers.begin()
         self.engine.step()
 
     def fit(
@@ -201,7 +208,7 @@ class Trainer:
         Raises:
             ConfigError: If the length, the engine's configuration or a checkpoint is unusable.
             FloatingPointError: If the loss or a weight is not finite; nothing of it was saved.
-            Preempted: After SIGTERM or SIGUSR1, once what was done is saved.
+            Preempted: After SIGTERM, SIGUSR1 or SIGUSR2, once what was done is saved.
             KeyboardInterrupt: After SIGINT, likewise.
             PeerLost: If another rank is gone.
         """
@@ -242,11 +249,13 @@ class Trainer:
             loss = self._step_or_skip(batch, statistics)
             position = loader.state_dict()
             self._ledger.add(self.step, batch, loss, loader.num_damaged)
+            self._stragglers.end()
             if minutes is not None and should_log:
                 self._plan(minutes)
                 is_last = self.step == self.total_steps  # a plan ends a run at a log row
             if statistics is not None and loss is not None:
                 row = window.close(loss, statistics)
+                self._stragglers.compare(self.log_every)
                 self._ledger.write()
                 if log:
                     self._fence.check()  # the file is the last start's
@@ -269,6 +278,7 @@ class Trainer:
             Exception: On every rank, what one of them could not read its batch for.
         """
         batch, error = None, None
+        self._stragglers.begin()
         try:
             with self._watchdog.phase("data", self.step), self.interruption.breaks_waits():
                 batch = next(batches)
@@ -278,6 +288,7 @@ class Trainer:
             error = RuntimeError(f"the loader ended after step {self.step}: it has to be endless")
         except Exception as caught:  # the others learn of it here, and not by waiting
             error = caught
+        self._stragglers.end()
         with self._watchdog.phase("waiting for the other ranks", self.step):
             stops = self.interruption.requested is not None
             if not collectives.any_rank(stops or error is not None):
@@ -406,12 +417,13 @@ class Trainer:
         default = {"enabled": True, "output_path": str(self.run_dir), "job_name": "tensorboard"}
         monitors = monitors or {"tensorboard": default}
         master = MonitorMaster(get_monitor_config(monitors))
+        write = stack.enter_context(Monitors(master.write_events)).write
         file = self.run_dir / "evaluations.jsonl"
         if self.evaluation or file.exists():  # then rows of steps that are taken again are dropped
-            self._scores = RowLog(file, self.step, master.write_events, "evaluation")
+            self._scores = RowLog(file, self.step, write, "evaluation")
             stack.callback(self._scores.close)
         file = self.run_dir / "metrics.jsonl"
-        return stack.enter_context(MetricsLog(file, self.step, master.write_events))
+        return stack.enter_context(MetricsLog(file, self.step, write))
 
     @property
     def _lars(self) -> LARS | None:

@@ -23,6 +23,7 @@ from fastclr.interruption import EXIT_PEER_LOST, PeerLost
 # What gloo and NCCL say, in errors of no class of their own, when a rank is gone.
 _LOST = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL", "Timed out")
 _ASKING_SECONDS = 5.0
+_STOPPED_SECONDS = 2.0  # a thread that was not woken for so long was stopped, and all others too
 
 
 class Watchdog:
@@ -130,9 +131,15 @@ class Watchdog:
                 store = None  # no process group yet, or no rank 0 any more
 
     def _guard(self) -> None:
-        """Leave when a phase has lasted too long."""
-        while not self._closed.wait(min(1.0, self._seconds / 4)):
-            if time.monotonic() - self._mark[2] > self._seconds:
+        """Leave when a phase lasts too long; time in which this process was stopped is none."""
+        pause = min(1.0, self._seconds / 4)
+        looked = awake = time.monotonic()
+        while not self._closed.wait(pause):
+            now = time.monotonic()
+            if now - looked > pause + _STOPPED_SECONDS:
+                awake = now
+            looked = now
+            if now - max(self._mark[2], awake) > self._seconds:
                 break
         if self._closed.is_set():
             return

@@ -128,7 +128,7 @@ class Dali:
             for name, feed in feeds.items():
                 pipeline.feed_input(name, feed)
             if self._device.type == "cuda":  # nobody waits: torch's stream does
-                outputs = pipeline.run(cuda_stream=torch.cuda.current_stream(self._device))
+                outputs = pipeline.run(torch.cuda.current_stream(self._device))
             else:
                 outputs = pipeline.run()
             self._pipeline = pipeline

@@ -156,8 +156,9 @@ def resolve_backend(
 ) -> str:
     """Return the back-end that a name means on a device; only ``auto`` means another.
 
-    ``auto`` is ``threads`` on a CPU, and ``dali`` on CUDA where it is installed; ``kornia`` where
-    these are not there. For colours that only ``dali`` makes it is ``dali`` on both.
+    ``auto`` is ``threads`` on a CPU and ``triton`` on CUDA, which was seen to make the reference's
+    pixels there; ``kornia`` where these are not. For colours that only ``dali`` makes it is
+    ``dali`` on both.
 
     Args:
         name: Key of :data:`BACKENDS`, or ``auto``.
@@ -179,9 +180,8 @@ def resolve_backend(
             )
         return "dali"
     if name == "auto":
-        best = "dali" if device.type == "cuda" and _has_dali() and not in_memory else "kornia"
-        best = "threads" if device.type == "cpu" else best
-        return best if best in BACKENDS else "kornia"
+        best = "threads" if device.type == "cpu" else "triton"
+        return best if best in BACKENDS and (best == "threads" or _has_triton()) else "kornia"
     if name not in BACKENDS:
         raise ConfigError(
             f"backend {name!r} is unknown: choose from {', '.join(BACKENDS)}, or auto."
@@ -200,3 +200,8 @@ def _has_dali() -> bool:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # no package nvidia at all
         return False
+
+
+def _has_triton() -> bool:
+    """Whether Triton is installed; found without importing it."""
+    return importlib.util.find_spec("triton") is not None

@@ -159,6 +159,12 @@ class ForeignShards:
             raise ShardError(f"{file} changed while it was in use: start again.")
         return index
 
+    def compare(self, numbers: Sequence[int]) -> None:
+        """Do nothing: there is no manifest to compare with."""
+
+    def check(self) -> None:
+        """Return: what is read was compared before, or cannot be."""
+
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Do nothing: the files are here."""
 

@@ -321,7 +321,24 @@ def make_loader(
     on_damage: OnDamage = "raise",
     most_damaged: int = MOST_DAMAGED,
 ) -> Loader:
-    """Make a :class:`Loader`; see there. ``world`` defaults to what the launcher says."""
+    """Make a :class:`Loader`.
+
+    Args:
+        shard_set: Images.
+        policy: Augmentation of both views, or one policy a view, for two views or more.
+        micro_batch_size: Images B of this rank in a batch.
+        seed: Seed of order and views.
+        backend: Key of :data:`~pipelines.backends.BACKENDS`, or ``auto``.
+        world: Which rank of how many; None for what the launcher says.
+        device: Where the views lie.
+        num_threads: Threads that prepare batches; 0 for this rank's part of the cores.
+        prefetch: Batches prepared ahead.
+        on_damage: What is done about a damaged sample, ``raise`` or ``replace``.
+        most_damaged: Damaged samples this rank replaces before it is an error after all.
+
+    Raises:
+        ConfigError: If sizes, policies or the back-end do not fit.
+    """
     return Loader(
         shard_set,
         policy,

@@ -298,10 +298,19 @@ class Mixture:
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Begin to fetch shards that will be needed; they count through the sets."""
+        for one, own in self._own_shards(shards):
+            one.prefetch(own)
+
+    def compare(self, shards: Sequence[int]) -> None:
+        """Begin to compare local tars; see :meth:`~pipelines.shards.ShardSet.compare`."""
+        for one, own in self._own_shards(shards):
+            one.compare(own)
+
+    def _own_shards(self, shards: Sequence[int]) -> Iterator[tuple[ShardSet, list[int]]]:
         first = 0
         for one, count in zip(self.sets, self._num_shards, strict=True):
-            if mine := [shard - first for shard in shards if first <= shard < first + count]:
-                one.prefetch(mine)
+            if own := [shard - first for shard in shards if first <= shard < first + count]:
+                yield one, own
             first += count
 
     def verify(self, *progress: Any) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from fastclr.files import sha256_of
+from fastclr.world import World
+from pipelines.comparing import Comparison
 from pipelines.errors import ShardError
 from pipelines.index import Index, parse_index
 from pipelines.order import Int64
@@ -196,6 +198,7 @@ class LocalShards:
         self.digest, self.class_names = self.manifest.digest, self.manifest.class_names
         self.samples_of_shards = self.manifest.samples_of_shards
         self._folder, self._shards = folder, self.manifest.shards
+        self._comparison = Comparison(self.verify)
         for shard in self._shards:
             if problem := presence_problem(folder, shard):
                 raise ShardError(problem)
@@ -222,6 +225,16 @@ class LocalShards:
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Do nothing: the files are here."""
+
+    def compare(self, numbers: Sequence[int]) -> None:
+        """Begin to compare this rank's part of some tars with the manifest, in a thread."""
+        world = World.detect()  # the ranks of a machine read the same tars
+        mine = [n for n in numbers if n % world.num_local_ranks == world.local_rank]
+        self._comparison.begin(mine)
+
+    def check(self) -> None:
+        """Raise ShardError if a tar was found to differ from its manifest."""
+        self._comparison.check()
 
     def verify(self, number: int) -> int:
         """Compare a tar's sha256 with the manifest; return its length in bytes."""

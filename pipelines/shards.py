@@ -89,6 +89,14 @@ class Storage(Protocol):
         """Begin to fetch shards that will be needed."""
         ...
 
+    def compare(self, numbers: Sequence[int]) -> None:
+        """Begin to compare tars with the manifest where that was not done before they were here."""
+        ...
+
+    def check(self) -> None:
+        """Raise ShardError if such a comparison found a difference."""
+        ...
+
     def verify(self, number: int) -> int:
         """Compare a tar's sha256 with the manifest; return its length in bytes."""
         ...
@@ -97,8 +105,13 @@ class Storage(Protocol):
 class ShardSet:
     """A shard set; `shard_set[i]` is image i, from any thread.
 
-    A shard's index is read and checked at the first use of the shard. In memory are the indexes
-    last used, for :data:`MOST_SAMPLES` samples or two windows of the order, whichever is more.
+    A shard's index is read and checked at the first use of the shard. Its tar's length is compared
+    with the manifest when the set is opened; its sha256 before a remote copy is used, and beside
+    the reading where the tar is local (:meth:`compare`). In memory are the indexes last used, for
+    :data:`MOST_SAMPLES` samples or two windows of the order, whichever is more.
+
+    Args:
+        storage: Tars and indexes by number; :meth:`open` finds it.
 
     Attributes:
         path: Its folder, pattern, or URL without secrets.
@@ -196,7 +209,12 @@ class ShardSet:
         return out
 
     def labels(self, sample_ids: Int64) -> Int64:
-        """Return labels, int64 (n,); -1 where there is none."""
+        """Return labels, int64 (n,); -1 where there is none.
+
+        Raises:
+            ShardError: If a tar was found to differ from its manifest, see :meth:`compare`.
+        """
+        self._storage.check()
         out = np.empty(len(sample_ids), np.int64)
         for _, index, at, rows in self._by_shard(sample_ids):
             out[at] = index.label_N[rows]
@@ -207,8 +225,17 @@ class ShardSet:
         return BlockOrder(self._counts, seed=seed)
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Begin to fetch shards that will be needed; nothing to do where they are local."""
+        """Begin to fetch shards that will be needed, or to compare them where they are local."""
         self._storage.prefetch(shards)
+        self._storage.compare(shards)
+
+    def compare(self, shards: Sequence[int]) -> None:
+        """Begin to compare local tars with the manifest, in a thread; each once.
+
+        The ranks of a machine share them out. A difference is told by what reads: it is no damage
+        that could be replaced, because nobody knows which images are wrong.
+        """
+        self._storage.compare(shards)
 
     def read(self, sample_id: int) -> bytes:
         """Return the encoded image.
@@ -219,6 +246,7 @@ class ShardSet:
             ShardError: If the shard ends before it, or holds something else there.
             StorageError: If a remote shard cannot be fetched in time, an OSError.
         """
+        self._storage.check()
         number, row = self._find(sample_id)
         return self._read(sample_id, number, self._indexes[number], row)
 

@@ -14,6 +14,7 @@ import pytest
 
 from pipelines.photos import write_photo_tiles
 from pipelines.writer import write_shards
+from tests.fenced import blocks
 
 pytestmark = pytest.mark.slow
 
@@ -56,11 +57,7 @@ SHORTENED = {
 REPLACED = {"--minutes 10": "--minutes 0.1 --global-batch-size 16"}
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
+COMMANDS = [line for block in blocks(README, "bash") for line in block.text.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +110,7 @@ def check_demo(run_dir):
     assert list((run_dir / "tensorboard").glob("events*"))
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", [block.text for block in blocks(README, "python")])
 def test_python(code, sandbox, tmp_path):
     script = tmp_path / "readme.py"
     script.write_text(code)

@@ -194,17 +194,18 @@ class Chunks(NamedTuple):
 @functools.lru_cache(maxsize=64)  # a handful of groups and buffers
 def cut(numels: tuple[int, ...], device: torch.device) -> Chunks:
     """Cut tensors into chunks."""
-    numel_S = torch.tensor(numels)
-    first_S = torch.nn.functional.pad(((numel_S + CHUNK - 1) // CHUNK).cumsum(0), (1, 0))
-    segment_C = torch.repeat_interleave(torch.arange(len(numels)), first_S.diff())
-    start_C = (torch.arange(len(segment_C)) - first_S[segment_C]) * CHUNK
+    with torch.device("cpu"):  # whatever the default is
+        numel_S = torch.tensor(numels)
+        first_S = torch.nn.functional.pad(((numel_S + CHUNK - 1) // CHUNK).cumsum(0), (1, 0))
+        segment_C = torch.repeat_interleave(torch.arange(len(numels)), first_S.diff())
+        start_C = (torch.arange(len(segment_C)) - first_S[segment_C]) * CHUNK
     return Chunks(*(_to(t, device) for t in (numel_S, first_S, segment_C, start_C)))
 
 
 @functools.lru_cache(maxsize=64)  # gradients mostly come back to where they were
 def _addresses(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
     """Put addresses of tensors, (kind, segment), on the device."""
-    return _to(torch.tensor(addresses), device)
+    return _to(torch.tensor(addresses, device="cpu"), device)
 
 
 def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

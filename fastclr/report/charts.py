@@ -37,6 +37,7 @@ _CLASS_COLORS = [
     *("#d4ae2a", "#b07aa1", "#ff9da7", "#9c755f", "#8a8a94"),
 ]
 FLOOR = 1e-10  # of the largest singular value; what lies below is rounding
+_LONG_NAME = 18  # characters of a series that leave room for two beside it
 _MAX_LINE_POINTS = 800
 _MOSAIC_CELLS, _CELL_PIXELS = 34, 34
 
@@ -388,9 +389,14 @@ def _quiet(axes: Axes, grid: Literal["x", "y"] | None) -> Axes:
 
 
 def add_legend(axes: Axes) -> None:
-    """Name the series above the chart."""
+    """Name the series above the chart, side by side as far as their names leave room."""
+    longest = max(map(len, axes.get_legend_handles_labels()[1]))
     axes.legend(
-        frameon=False, ncols=3, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.02)
+        frameon=False,
+        ncols=3 if longest <= _LONG_NAME else 2,
+        labelcolor=_INK,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.02),
     )
 
 

@@ -107,7 +107,7 @@ def curve_chart(
         axes.plot(x_N, y_N, color=color, linewidth=2, marker="o", markersize=4, label=label)
     places = sorted({x for x_N, _ in series.values() for x in x_N})
     axes.set(xscale="log", xlabel=x_label, ylabel=y_label)
-    axes.xaxis.set_major_locator(FixedLocator(places[:: -(-len(places) // _MOST_TICKS)]))
+    axes.xaxis.set_major_locator(FixedLocator(_apart(places)))
     if from_zero:
         axes.set_ylim(bottom=0)
     else:
@@ -117,6 +117,16 @@ def curve_chart(
     if len(series) > 1:
         charts.add_legend(axes)
     return charts.svg(figure, name, f"{y_label} over {x_label}: {', '.join(series)}")
+
+
+def _apart(places: Sequence[float]) -> list[float]:
+    """Return the first of the places, and those far enough from the one before for a label."""
+    least = math.log(places[-1] / places[0]) / _MOST_TICKS
+    kept = list(places[:1])
+    for place in places[1:]:
+        if math.log(place / kept[-1]) >= least:
+            kept.append(place)
+    return kept
 
 
 def roofline_chart(

@@ -1,7 +1,7 @@
 """Where a run's time goes, and how it runs faster on this machine: the first command to try.
 
-fastclr bench [--budget-minutes 5] [--data SHARDS | --synthetic] [--recipe NAME]
-    [--ds-config FILE] [--profile] [--out FOLDER] [flags of fastclr train]
+    fastclr bench [--budget-minutes 5] [--data SHARDS | --synthetic] [--recipe NAME]
+        [--ds-config FILE] [--profile] [--out FOLDER] [flags of fastclr train]
 
 Without options: the recipe ``cifar10-cpu`` on a CPU, ``simclr-v1-paper`` on GPUs (all of this
 machine), on synthetic images. First every stage of a training run is measured, inside it and alone,

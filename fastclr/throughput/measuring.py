@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
-from fastclr import checkpointing, collectives, runs
+from fastclr import checkpointing, collectives, runs, sealing
 from fastclr.ds_config import JSON
 from fastclr.ledger import Ledger
 from fastclr.runs import Prepared
@@ -137,35 +140,58 @@ def _of_rank_0(number: int, run: Prepared) -> int:
     return number
 
 
+# What makes a save whole and provable, and the part of the account each belongs to.
+_PROVING: dict[tuple[Any, str], str] = {
+    (Ledger, "commit"): "ledger",
+    (sealing, "sha256_of"): "hashes",
+    (sealing, "sync"): "fsync",
+    (checkpointing, "_write_list"): "list of files",
+    (checkpointing, "sync"): "fsync of the name",
+}
+SAVES = 3  # of each kind
+
+
 def _timed_save(found: dict[str, float], save: Callable[..., None], *args: Any) -> None:
-    """Save, and note what the ledger, hashes, fsyncs and the manifest take of it."""
-    parts: dict[tuple[Any, str], str] = {
-        (Ledger, "commit"): "ledger",
-        (checkpointing, "sha256_of"): "hashes",
-        (checkpointing, "sync"): "fsync",
-        (checkpointing, "write_json"): "manifest and pointer",
-    }
-    plain = {place: getattr(*place) for place in parts}
+    """Save several times, by turns as it is and without what makes it whole and provable.
 
-    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
+    Hashes and fsyncs go on in threads beside the writing: what they cost is the difference, not
+    their sum.
+    """
+    folder = save.__self__.run_dir / "checkpoints"  # pyright: ignore[reportFunctionMemberAccess]
+    times: dict[str, list[float]] = {"bare": [], "all": []}
+    laps: dict[str, list[float]] = {part: [] for part in _PROVING.values()}
+    for turn in range(2 * SAVES):
+        if collectives.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # replacing one takes time of its own
+            os.sync()
+        kind = ("bare", "all")[turn % 2]  # a whole one is left
+        with collectives.together(), ExitStack() as stack:
+            for place, part in _PROVING.items():
+                stack.enter_context(_replaced(place, laps[part], kind == "bare"))
             before = time.perf_counter()
-            try:
-                return function(*args)
-            finally:
-                found[part] = found.get(part, 0.0) + time.perf_counter() - before
+            save(*args)
+            times[kind].append(time.perf_counter() - before)
+    found |= {kind: median(seconds) for kind, seconds in times.items()}
+    found |= {part: sum(seconds) / SAVES for part, seconds in laps.items()}
 
-        return call
 
-    for place, function in plain.items():
-        setattr(*place, timed(parts[place], function))
-    before = time.perf_counter()
+@contextmanager
+def _replaced(place: tuple[Any, str], laps: list[float], is_left_out: bool) -> Iterator[None]:
+    """Let a function note its time, or do nothing, for a while."""
+    plain = getattr(*place)
+
+    def timed(*args: Any) -> Any:
+        before = time.perf_counter()
+        try:
+            return plain(*args)
+        finally:
+            laps.append(time.perf_counter() - before)
+
+    setattr(*place, (lambda *_: "") if is_left_out else timed)
     try:
-        save(*args)
+        yield
     finally:
-        found["all"] = time.perf_counter() - before
-        for place, function in plain.items():
-            setattr(*place, function)
+        setattr(*place, plain)
 
 
 def _link(run: Prepared, found: dict[str, Any]) -> dict[str, float]:

@@ -36,7 +36,6 @@ def fetch(
     num_bytes: int | None = None,
     sha256: str | None = None,
     patience: Patience = DEFAULT,
-    public_only: bool = False,
 ) -> bytes:
     """Return a small object whole.
 
@@ -46,7 +45,6 @@ def fetch(
         num_bytes: Length it must have, if that is known.
         sha256: Hash it must have, if that is known.
         patience: Time-outs.
-        public_only: Whether an http host of the own network is refused.
 
     Raises:
         StorageError: If it cannot be read in time.
@@ -55,14 +53,7 @@ def fetch(
         ConfigError: If the URL is refused.
     """
     memory = _Memory(url, max_bytes)
-    download(
-        url,
-        memory,
-        num_bytes=num_bytes,
-        sha256=sha256,
-        patience=patience,
-        public_only=public_only,
-    )
+    download(url, memory, num_bytes=num_bytes, sha256=sha256, patience=patience)
     return bytes(memory.data)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 
 from pipelines.errors import ShardError, StorageError
@@ -36,7 +35,6 @@ def download(
     sha256: str | None = None,
     patience: Patience = DEFAULT,
     deadline: Deadline | None = None,
-    public_only: bool = False,
 ) -> None:
     """Read an object into a sink; when it returns, all of it is there and as expected.
 
@@ -50,8 +48,6 @@ def download(
         sha256: Hash it must have, hexadecimal.
         patience: Time-outs.
         deadline: When to give up; by default the patience's, from now.
-        public_only: Whether an http host of the own network is refused: for URLs that nobody
-            typed. ``FASTCLR_ALLOW_INTERNAL=1`` lifts it.
 
     Raises:
         StorageError: If it does not come in time, or the answer says that it never will.
@@ -59,9 +55,7 @@ def download(
         ShardError: If what comes, several times, is not what is expected.
         ConfigError: If the URL is none that may be read.
     """
-    read = objects.read
-    if protocol_of(url) in ("http", "https"):
-        read = functools.partial(web.read, public_only=public_only)
+    read = web.read if protocol_of(url) in ("http", "https") else objects.read
     deadline = deadline or patience.deadline(num_bytes)
     transfer = Transfer(sink, num_bytes, sha256)
     tries, failures, num_wrong, why = 0, 0, 0, ""

@@ -15,6 +15,19 @@ PROTOCOLS = ("http", "https", "s3", "gs", "az", "file", "memory")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 inside IPv6 (RFC 6052)
+# Where clouds hand out credentials to whoever asks from their machine.
+_METADATA = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "169.254.0.0/16",  # link-local: AWS, Azure, Google and most others
+        "fe80::/10",
+        "fd00:ec2::254/128",  # AWS
+        "fd20:ce::254/128",  # Google
+        "100.100.100.200/32",  # Alibaba
+        "192.0.0.192/32",  # Oracle
+        "168.63.129.16/32",  # Azure
+    )
+)
 
 
 def redacted(url: str) -> str:
@@ -91,18 +104,26 @@ def _meanings(address: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Addres
     return [ip, *(inner for inner in wrapped if inner)]
 
 
-def internal_refused(addresses: Sequence[str]) -> str | None:
-    """Say why a host that is not trusted is not asked; None if it may be."""
+def refused(addresses: Sequence[str]) -> str | None:
+    """Say why a host is not asked; None if it may be.
+
+    Hosts of the own network are asked only if ``FASTCLR_ALLOW_INTERNAL=1`` says so, whoever named
+    them: a flag, a listing or a table. Where clouds hand out credentials nobody asks.
+
+    Args:
+        addresses: All IP addresses of the host, as they will be connected to.
+    """
+    for address in addresses:
+        if any(ip in network for ip in _meanings(address) for network in _METADATA):
+            return f"{address} is link-local or a cloud's metadata server, which is never asked"
     if os.environ.get("FASTCLR_ALLOW_INTERNAL") == "1":
         return None
     for address in filter(is_internal, addresses):
-        return f"{address} is an internal address (FASTCLR_ALLOW_INTERNAL=1 would allow it)"
+        return (
+            f"{address} is an internal address: set FASTCLR_ALLOW_INTERNAL=1 if your own storage "
+            "is there"
+        )
     return None
-
-
-def link_local_refused(addresses: Sequence[str]) -> str | None:
-    """Say why a host that was named is not asked: clouds hand out credentials there."""
-    return internal_refused([a for a in addresses if any(ip.is_link_local for ip in _meanings(a))])
 
 
 def redirect_refused(
@@ -110,9 +131,8 @@ def redirect_refused(
 ) -> str | None:
     """Say why a redirect is not followed; None if it may be.
 
-    A server that is not trusted must not make this machine ask its own network for it: internal
-    addresses are refused unless the URL that was named is internal itself, link-local ones (where
-    clouds hand out credentials) even then. ``FASTCLR_ALLOW_INTERNAL=1`` lifts both.
+    A server of the internet must not make this machine ask its own network for it: with
+    ``FASTCLR_ALLOW_INTERNAL=1`` too, only an internal host leads to an internal one.
 
     Args:
         old: URL that was asked.
@@ -124,5 +144,6 @@ def redirect_refused(
     if schemes[0] != schemes[1] and schemes != ("http", "https"):
         return f"it changes {schemes[0]} to {schemes[1]}"
     if not named_is_internal:
-        return internal_refused(addresses)
-    return link_local_refused(addresses)
+        for address in filter(is_internal, addresses):
+            return f"{address} is an internal address, {redacted(old)} is none"
+    return refused(addresses)

@@ -31,12 +31,11 @@ from pipelines.remote.retries import (
 )
 from pipelines.remote.transfer import Transfer
 from pipelines.remote.urls import (
-    internal_refused,
     is_internal,
-    link_local_refused,
     protocol_of,
     redacted,
     redirect_refused,
+    refused,
 )
 
 MAX_REDIRECTS = 5
@@ -45,14 +44,7 @@ _TRUST = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # what OpenSSL's defaults are replac
 BLOCK = 1 << 18  # bytes asked of the socket at a time
 
 
-def read(
-    url: str,
-    transfer: Transfer,
-    deadline: Deadline,
-    patience: Patience,
-    *,
-    public_only: bool = False,
-) -> None:
+def read(url: str, transfer: Transfer, deadline: Deadline, patience: Patience) -> None:
     """Read what is missing of an object into a transfer.
 
     Args:
@@ -60,7 +52,6 @@ def read(
         transfer: Where its bytes go.
         deadline: When to give up.
         patience: Time-outs.
-        public_only: Whether its host must not be one of the own network.
 
     Raises:
         Again: If this try failed; what came before the failure stays.
@@ -72,7 +63,7 @@ def read(
         if transfer.version.startswith('"'):
             headers["If-Match"] = transfer.version
     try:
-        with closing(_Hop(url, deadline, patience).follow(headers, public_only)) as hop:
+        with closing(_Hop(url, deadline, patience).follow(headers)) as hop:
             _begin(hop.response, transfer)
             while block := hop.response.read1(BLOCK):
                 transfer.add(block)
@@ -99,7 +90,7 @@ def head(url: str, deadline: Deadline, patience: Patience) -> Mapping[str, str]:
         Again: Likewise, where asking again may help.
     """
     headers = {"Accept-Encoding": "identity", "User-Agent": "fastclr", "Connection": "close"}
-    with closing(_Hop(url, deadline, patience, "HEAD").follow(headers, False)) as hop:
+    with closing(_Hop(url, deadline, patience, "HEAD").follow(headers)) as hop:
         if hop.response.status != 200:
             raise refusal(hop.response.status, None)
         return {name.lower(): value for name, value in hop.response.headers.items()}
@@ -170,14 +161,13 @@ class _Hop:
         self.response: http.client.HTTPResponse
         self._raw: socket.socket | None = None
 
-    def follow(self, headers: dict[str, str], public_only: bool) -> _Hop:
+    def follow(self, headers: dict[str, str]) -> _Hop:
         """Ask, and follow at most 5 redirects; return the hop with the last answer, to be closed.
 
         Raises:
             Final: If the URL or a redirect leads where it must not.
             Again: If there are too many of them.
         """
-        refused = internal_refused if public_only else link_local_refused
         if reason := refused(self.addresses):
             raise Final(f"it is not asked: {reason}")
         named, hop = self, self

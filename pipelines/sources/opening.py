@@ -111,8 +111,7 @@ def read_start(place: str, most: int) -> bytes:
 def read_url(url: str, offset: int, num_bytes: int, most: int) -> bytes:
     """Read a range of a URL that a listing or a table gave, all of it or an error.
 
-    It is fetched whole. An http host of the own network is refused, unless
-    ``FASTCLR_ALLOW_INTERNAL=1``: a table must not make this machine ask its own network for it.
+    It is fetched whole.
 
     Args:
         url: URL.
@@ -124,7 +123,7 @@ def read_url(url: str, offset: int, num_bytes: int, most: int) -> bytes:
         OSError: If it cannot be read, has another length or is too long.
     """
     try:
-        data = fetch(url, most, patience=IMAGE_PATIENCE, public_only=True)
+        data = fetch(url, most, patience=IMAGE_PATIENCE)
     except ShardError as error:
         raise OSError(f"{shown(url)} has more than {most} bytes, too many for an image") from error
     there = len(data) if not offset else min(num_bytes, len(data) - offset)

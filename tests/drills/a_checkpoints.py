@@ -16,6 +16,7 @@ import torch
 from drill import Cells, Drill
 from forks import Ranks, outcome, train
 from kill_resume import killed_runs
+from mangling import a_bit_flipped
 from rotting import keeps_one_whole
 
 from fastclr import checkpointing
@@ -98,20 +99,12 @@ def flipped_bits(cells: Cells) -> None:
         for number in range(1000 if cells.is_long else 200):
             file = files[number % len(files)]
             per_file[file.name] += 1
-            whole = file.read_bytes()
-            at = cells.generator.randrange(8 * len(whole))
-            with cells.cell(f"bit {at} of {file.name}"):
-                flipped = bytearray(whole)
-                flipped[at // 8] ^= 1 << at % 8
-                file.write_bytes(flipped)
-                try:
-                    with mock.patch.object(checkpointing.logger, "warning") as warning:
-                        assert checkpointing.latest(newest.parent) == before
-                    said = " ".join(str(call.args) for call in warning.call_args_list)
-                    assert newest.name in said, said
-                    assert file.name == "fastclr.json" or file.name in said, said
-                finally:
-                    file.write_bytes(whole)
+            with a_bit_flipped(cells, file):
+                with mock.patch.object(checkpointing.logger, "warning") as warning:
+                    assert checkpointing.latest(newest.parent) == before
+                said = " ".join(str(call.args) for call in warning.call_args_list)
+                assert newest.name in said, said
+                assert file.name == "fastclr.json" or file.name in said, said
     assert checkpointing.latest(newest.parent) == newest
     cells.notes.append(f"{len(files)} files")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import two_hosts
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from drill import Cells, Drill
 from forks import Ranks, outcome, train
@@ -34,21 +35,16 @@ _MOUNTS = 0x20000  # CLONE_NEWNS
 def killed_at_every_call(cells: Cells) -> None:
     """A2: SIGKILL at each call of a save that writes; the old or the new checkpoint is there."""
     need_strace()
-    start, log = begun(cells.folder), cells.folder / "strace.txt"
-    points = [
-        (call, k + 1) for call, n in _calls(cells.folder, start, log).items() for k in range(n)
-    ]
-    chosen = (
-        points if cells.is_long else sorted(cells.generator.sample(points, min(40, len(points))))
-    )
+    start, log, run_dir = begun(cells.folder), cells.folder / "strace.txt", cells.folder / "run"
+    points = _points(cells.folder, start, log, run_dir)
+    chosen = points
+    if not cells.is_long:
+        chosen = sorted(cells.generator.sample(points, min(30, len(points))))
     found = Counter[str]()
-    for call, k in chosen:
-        with cells.cell(f"{call} {k}"):
-            run_dir = _copy(start, cells.folder / "run")
-            run = stopped(cells.folder, run_dir)
-            code = traced(
-                run, "-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={k}"
-            )
+    for name, flags in chosen:
+        with cells.cell(name):
+            run = stopped(cells.folder, _copy(start, run_dir))
+            code = traced(run, *flags)
             assert code in (0, -signal.SIGKILL), (code, run.said())
             checkpoint = checkpointing.latest(run_dir / "checkpoints")
             assert checkpoint is not None and checkpoint.name in (OLD, NEW), checkpoint
@@ -60,13 +56,35 @@ def killed_at_every_call(cells: Cells) -> None:
         f"{n} x {what}" for what, n in sorted(found.items())))  # fmt: skip
 
 
-def _calls(folder: Path, start: Path, log: Path) -> dict[str, int]:
-    """Count the writing calls of a whole save."""
+def _points(
+    folder: Path, start: Path, log: Path, run_dir: Path
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the writing calls of a save by name, each with strace's flags for a kill at it.
+
+    Threads sync the files, each one once: those calls are told apart by their path. All others are
+    the main thread's, and counted.
+    """
+    main, lines = _traced_save(folder, start, log)
+    counts = Counter(text.split("(")[0] for thread, text in lines if thread == main and "(" in text)
+    synced = {path for _, text in lines for path in re.findall(r"^f(?:data)?sync\(\d+<(.*)>", text)}
+    points = []
+    for call in counts.keys() - {"fsync", "fdatasync"}:
+        for k in range(1, counts[call] + 1):
+            kill = ("-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={k}")
+            points.append((f"{call} {k}", kill))
+    for path in synced:
+        mine = path.replace(str(folder / "counted"), str(run_dir))
+        kill = ("-P", mine, "-e", "trace=fsync", "-e", "inject=fsync:signal=SIGKILL")
+        points.append((f"fsync of {Path(mine).relative_to(run_dir)}", kill))
+    return sorted(points)
+
+
+def _traced_save(folder: Path, start: Path, log: Path) -> tuple[str, list[tuple[str, str]]]:
+    """Return the main thread's id, and (thread, call) of all writing calls of a whole save."""
     run = stopped(folder, _copy(start, folder / "counted"))
     assert traced(run, "-e", f"trace={','.join(WRITING)}", log=log) == 0, run.said()
-    main = str(run.ids[0])
-    names = [line.split(None, 1) for line in log.read_text(errors="replace").splitlines()]
-    return dict(Counter(text.split("(")[0] for pid, text in names if pid == main and "(" in text))
+    found = [line.split(None, 1) for line in log.read_text(errors="replace").splitlines()]
+    return str(run.ids[0]), [(thread, text) for thread, text in found]
 
 
 def _copy(start: Path, run_dir: Path) -> Path:
@@ -77,34 +95,42 @@ def _copy(start: Path, run_dir: Path) -> Path:
 def order_of_calls(cells: Cells) -> None:
     """A3: every file is on the disk before the name, the name before the pointer."""
     need_strace()
-    log = cells.folder / "strace.txt"
-    _calls(cells.folder, begun(cells.folder), log)
-    lines = [line.split(None, 1)[1] for line in log.read_text(errors="replace").splitlines()]
-    part = f".{NEW}.2.partial"
+    _, calls = _traced_save(cells.folder, begun(cells.folder), cells.folder / "strace.txt")
+    lines = [text for _, text in calls]
+    part = rf".*{re.escape(f'.{NEW}.2.partial')}"
 
     def last(pattern: str) -> int:
         found = [n for n, line in enumerate(lines) if re.match(pattern, line)]
         assert found, f"no {pattern}"
         return found[-1]
 
-    final = last(rf'rename\w*\(.*{re.escape(part)}", .*{NEW}"')
-    pointer = last(r'rename\w*\(.*\.latest\.partial", .*latest"')
+    def synced(path: str) -> int:
+        """Return where a sync ended: calls of other threads may stand in between."""
+        begun_at = last(rf"f(?:data)?sync\(\d+<{path}>")
+        if "<unfinished" not in lines[begun_at]:
+            return begun_at
+        later = range(begun_at + 1, len(calls))
+        return next(
+            n for n in later if calls[n][0] == calls[begun_at][0] and "sync resumed" in lines[n]
+        )
+
+    final = last(rf'rename\w*\({part}", .*{NEW}"')
+    pointer = last(r'rename\w*\(.*\.latest\.2\.partial", .*latest"')
     writes = r"(?:p?write(?:64|v)?)\(\d+<"
     made = cells.folder / "counted/checkpoints" / NEW
     names = sorted(p.name for p in made.iterdir() if p.name != checkpointing.FACTS)
+    listed = last(rf"{writes}{part}/fastclr\.json>")
     for name in names:
         with cells.cell(name):
-            path = f".*{re.escape(part)}/{re.escape(name)}"
-            synced = last(rf"f(?:data)?sync\(\d+<{path}>")
+            path = f"{part}/{re.escape(name)}"
             # safetensors writes under another name and renames.
-            wrote = re.compile(rf"{writes}{path}>|rename.*{path}\"\)")
-            written = [n for n, line in enumerate(lines) if wrote.match(line)]
-            assert written and written[-1] < synced < final
+            wrote = last(rf"{writes}{path}>|rename.*{path}\"\)")
+            assert wrote < listed and wrote < synced(path) < final
     with cells.cell("list, folders, pointer"):
-        listed = last(rf'rename\w*\(.*{re.escape(part)}/\.fastclr\.json\.partial"')
-        assert max(last(rf"{writes}.*{re.escape(part)}/(?!\.fastclr).*>"), 0) < listed < final
-        assert listed < last(rf"fsync\(\d+<.*{re.escape(part)}>\)") < final
-        assert final < last(r"fsync\(\d+<.*/checkpoints>\)") < pointer
+        assert listed < synced(f"{part}/fastclr\\.json") < final
+        assert listed < last(rf"fsync\(\d+<{part}>") < final and synced(part) < final
+        assert final < synced(".*/checkpoints") < pointer
+        assert synced(r".*/\.latest\.2\.partial") < pointer
     cells.notes.append(f"{len(names)} files, {len(lines)} calls")
 
 
@@ -176,7 +202,7 @@ def a_full_disk(cells: Cells) -> None:
         ("write", "ENOSPC", "mp_rank_00_model_states.pt"),
         ("fsync", "EIO", "model.safetensors"),
         ("fsync", "ENOSPC", "mp_rank_00_model_states.pt"),
-        ("write", "EIO", ".fastclr.json.partial"),
+        ("write", "EIO", "fastclr.json"),
     ):
         with cells.cell(f"{error} at a {call} of {name}"):
             run_dir = _copy(start, folder / "broken")
@@ -254,7 +280,7 @@ def two_writers(cells: Cells) -> None:
     whole = Ranks(folder, 1, partial(train, folder, folder / "whole"))
     assert whole.wait() and not any(whole.codes), whole.said()
     # Each half as fast as it could be, so that it lives long enough.
-    with mock.patch.object(checkpointing, "sync", lambda _: time.sleep(0.05)):
+    with mock.patch.object(checkpointing, "sync", lambda _: time.sleep(0.3)):
         (folder / "first").mkdir()
         first = Ranks(folder / "first", 1, partial(train, folder, run_dir))
     first.wait_for(run_dir / "checkpoints/latest")
@@ -289,6 +315,11 @@ def two_writers(cells: Cells) -> None:
         next_one.kill()
 
 
+def two_hosts_write(cells: Cells) -> None:
+    """A9b: the second start is on another host, which shares the folder."""
+    two_hosts.try_all(cells, two_hosts.owners(cells.folder))
+
+
 def kept_checkpoints(cells: Cells) -> None:
     """A13: the last k, each multiple, and nothing else."""
     folder, run_dir = cells.folder, cells.folder / "kept"
@@ -315,7 +346,9 @@ DRILLS = {
         1800,
     ),
     "A3": Drill(
-        "each file synced < list < folder < rename < folder synced < pointer", order_of_calls, 60
+        "each file, their list and folder synced < rename < folder synced < pointer",
+        order_of_calls,
+        60,
     ),
     "A4": Drill(
         "no pointer moves before the slowest rank has written; killed there, it goes on",
@@ -331,6 +364,12 @@ DRILLS = {
         "one writer a run: the second 78 by name, one that was passed over saves nothing",
         two_writers,
         90,
+    ),
+    "A9b": Drill(
+        "one writer a run on two hosts: the second 78 by host, the first goes on",
+        two_hosts_write,
+        300,
+        is_long_only=True,  # starts of whole programs; A9 is the same on one host
     ),
     "A13": Drill("the last k checkpoints, each multiple, nothing else", kept_checkpoints, 60),
 }

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 from drill import Cells, Drill
 from forks import Ranks, lessons, outcome, train
 
+from fastclr import audit
 from fastclr.config import DataConfig
+from pipelines.mixture import open_sets
+from pipelines.shards import ShardSet
+from pipelines.writer import write_shards
 from tests.pipelines.flaky import flaky
+from tests.pipelines.tars import write
 
 LOADER = "tests/pipelines/test_loader.py"
 ORDER = "tests/pipelines/test_order.py"
@@ -80,6 +86,50 @@ def views_differ(cells: Cells) -> None:
     )
 
 
+def equal_names(cells: Cells) -> None:
+    """B4: equal names of files, keys and paths: no image stands in for another."""
+    images = (cells.folder / "train").resolve().parent / "images"
+    sets = [
+        Path(write_shards(images / part, cells.folder / f"{part}_set/set").path)
+        for part in ("train", "test")
+    ]
+    local = [ShardSet.open(path) for path in sets]
+    names = [{f.name for f in path.glob("*.tar")} for path in sets]
+    assert names[0] == names[1] and local[0].read(0) != local[1].read(0)
+    everything = [[one.read(i) for i in range(len(one))] for one in local]
+    cache = cells.folder / "cache"
+    with cells.cell("two folders, one name"):
+        mixed = open_sets(f"{sets[0]}:0.5,{sets[1]}:0.5")
+        assert [mixed.read(i) for i in range(len(mixed))] == everything[0] + everything[1]
+    for name, urls in {
+        "two folders behind URLs": ("/a/set", "/b/set"), "?x=1 and ?x=2": ("/c?x=1", "/c?x=2"),
+    }.items():  # fmt: skip
+        with cells.cell(name), flaky() as server:
+            for path, url in zip(sets, urls, strict=True):
+                base, mark, query = url.partition("?")
+                for file in path.iterdir():
+                    server.objects[f"{base}/{file.name}{mark}{query}"] = file.read_bytes()
+            for _ in range(2):  # the second time from the cache
+                for url, expected in zip(urls, everything, strict=True):
+                    far = ShardSet.open(server.url(url), cache_dir=cache)
+                    assert [far.read(i) for i in range(len(far))] == expected
+    with cells.cell("one key in two tars: each image once an epoch"):
+        foreign = cells.folder / "foreign"
+        foreign.mkdir()
+        half = len(everything[0]) // 2
+        for number, part in enumerate((everything[0][:half], everything[0][half:])):
+            members = [(f"{k:04d}.jpg", data) for k, data in enumerate(part)]
+            write(foreign / f"{number}.tar", members)
+        found = ShardSet.open(foreign, cache_dir=cache)
+        assert [found.read(i) for i in range(len(found))] == everything[0]
+        run_dir = cells.folder / "run"
+        data = DataConfig(train=str(foreign), cache_dir=str(cache))
+        run = Ranks(cells.folder, 1, partial(train, cells.folder, run_dir, data=data))
+        assert run.wait() and run.codes == [0], run.said()
+        wrong = [row for row in audit.audit(run_dir) if not row.is_good]
+        assert not wrong, wrong
+
+
 def other_data(cells: Cells) -> None:
     """B5: data that changed between two starts is refused, with both digests."""
     folder = cells.folder
@@ -107,6 +157,9 @@ DRILLS = {
     ),
     "B3": Drill(
         "views differ over steps, epochs, ranks; after a kill they are the same", views_differ, 90
+    ),
+    "B4": Drill(
+        "equal names of files, keys and paths: no image stands in for another", equal_names, 90
     ),
     "B5": Drill("data that changed between two starts is refused", other_data, 90),
 }

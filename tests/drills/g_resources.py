@@ -1,19 +1,27 @@
-"""G: resources. Nothing grows over a long run; few descriptors are enough."""
+"""G: resources, time. Nothing grows over a long run; few descriptors are enough; clocks jump."""
 
 from __future__ import annotations
 
+import os
 import resource
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
 from drill import Cells, Drill
 from forks import Ranks, outcome, train
 
-from fastclr.config import DataConfig
+from fastclr import checkpointing
+from fastclr.config import DataConfig, FaultsConfig
+from pipelines.loader import Loader
+from pipelines.remote import fetch
 from pipelines.writer import write_shards
+from tests.pipelines.flaky import flaky
 
 STEPS, SAVE_EVERY = 20_000, 100
 
@@ -69,10 +77,63 @@ def _limited(limit: int | None, folder: Path, run_dir: Path, data: DataConfig) -
     train(folder, run_dir, data=data)
 
 
+HOUR, YEAR = 3600.0, 365.25 * 86400
+JUMPS = {"an hour ahead": HOUR, "an hour back": -HOUR, "ten years ahead": 10 * YEAR}
+
+
+def a_clock_that_jumps(cells: Cells) -> None:
+    """G3: the time of day jumps; what waits goes by another clock, what is newest by steps.
+
+    The clock is Python's: the libraries below wait by clocks that nobody sets.
+    """
+    folder = cells.folder
+    whole = Ranks(folder, 2, partial(train, folder, folder / "whole"))
+    assert whole.wait() and not any(whole.codes), whole.said()
+    for name, seconds in JUMPS.items():
+        with cells.cell(f"{name}, while it waits for data and saves"):
+            run_dir = folder / name
+            with mock.patch.object(Loader, "make_views", _slow(Loader.make_views, seconds)):
+                faults = FaultsConfig(watchdog_seconds=5)
+                run = Ranks(folder, 2, partial(train, folder, run_dir, faults=faults))
+            assert run.wait(60) and run.codes == [0, 0], (run.codes, run.said())
+            assert outcome(run_dir) == outcome(folder / "whole")
+        with cells.cell(f"{name}, while storage is asked again"), flaky() as server:
+            server.objects["/a"] = b"whole"
+            server.plans["/a"] = ["503", "503", "cut"]
+            plain, started = time.time, time.monotonic()
+            with mock.patch.object(time, "time", lambda p=plain, s=seconds: p() + s):
+                assert fetch(server.url("/a")) == b"whole"
+            assert time.monotonic() - started < 10
+    with cells.cell("the newest checkpoint is the one of the last step"):
+        checkpoints = checkpointing.list_checkpoints(folder / "whole/checkpoints")
+        for age, checkpoint in enumerate(checkpoints):
+            for path in (checkpoint, *checkpoint.iterdir()):
+                os.utime(path, (10**9 - 10**6 * age,) * 2)
+        assert checkpointing.latest(folder / "whole/checkpoints") == checkpoints[-1]
+
+
+def _slow(make: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    """Return a loader's work that takes 2 s at the third step; the clock jumps in them."""
+    jumped: list[float] = []
+
+    def makes(self: Loader, epoch: int, positions: Any, sample_ids: Any) -> Any:
+        if epoch == 0 and 32 <= positions.min() < 48 and not jumped:
+            jumped.append(seconds)
+            time.sleep(1)
+            plain = time.time
+            time.time = lambda: plain() + seconds
+            time.sleep(1)
+        return make(self, epoch, positions, sample_ids)
+
+    return makes
+
+
 DRILLS = {
     "G1": Drill(
         "20,000 steps, 200 saves: memory, descriptors, threads, children stay", a_long_run,
         2400, 2400, is_long_only=True,
     ),
     "G2": Drill("80 shards under a limit of 160 open files", few_descriptors, 60),
+    "G3": Drill("the time of day jumps: no false alarm, no endless wait, the same end",
+                a_clock_that_jumps, 120),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""H6: inputs that parsers read, mangled; each is read or refused by an error of ours, at once."""
+"""A bit of a file flipped; H6: inputs of parsers mangled, each read or refused by our error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -24,6 +25,21 @@ from pipelines.tar_scan import scan
 
 OURS = (ConfigError, ShardError, DamagedImage)
 SECONDS = 1.0
+
+
+@contextmanager
+def a_bit_flipped(cells: Cells, file: Path) -> Iterator[None]:
+    """Flip a drawn bit of a file while the block runs, which is a cell."""
+    whole = file.read_bytes()
+    at = cells.generator.randrange(8 * len(whole))
+    with cells.cell(f"bit {at} of {file.name}"):
+        flipped = bytearray(whole)
+        flipped[at // 8] ^= 1 << at % 8
+        file.write_bytes(flipped)
+        try:
+            yield
+        finally:
+            file.write_bytes(whole)
 
 
 def mangled_inputs(cells: Cells, count: int) -> None:

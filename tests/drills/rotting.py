@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from fastclr import checkpointing, fencing
+from fastclr import checkpointing, fencing, sealing
 from fastclr.checkpointing import WEIGHTS, Retention, list_checkpoints
 
 KEPT = 2
@@ -128,8 +128,9 @@ def _save(engine: Any, folder: Path, step: int, fence: Any, name: str, at: int) 
 
     facts, broken = {"step": step, "images": step}, name in ("fail", "crash")
     places: list[tuple[Any, str]] = [
-        (checkpointing, "save_file"), (checkpointing, "sync"), (checkpointing, "write_json"),
-        (checkpointing, "sha256_of"), (Path, "replace"), (shutil, "rmtree"), (Path, "chmod"),
+        (checkpointing, "save_file"), (checkpointing, "sync"), (sealing, "sync"),
+        (sealing, "sha256_of"), (Path, "write_text"), (Path, "replace"), (shutil, "rmtree"),
+        (Path, "chmod"),
     ]  # fmt: skip
     patches = [mock.patch.object(o, n, breaking(getattr(o, n))) for o, n in places if broken]
     try:

@@ -30,6 +30,7 @@ import a_saves
 import b_data
 import c_damage
 import d_storage
+import e_neighbours
 import e_ranks
 import f_numbers
 import g_resources
@@ -46,8 +47,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from harness import measurement, write_rows
 
 GROUPS = (
-    a_checkpoints, a_saves, b_data, c_damage, d_storage, e_ranks, f_numbers, g_resources,
-    h_security,
+    a_checkpoints, a_saves, b_data, c_damage, d_storage, e_ranks, e_neighbours, f_numbers,
+    g_resources, h_security,
 )  # fmt: skip
 DRILLS: dict[str, Drill] = {name: drill for group in GROUPS for name, drill in group.DRILLS.items()}
 _SUBREAPER = 36  # prctl: orphans become children of this process, not of init

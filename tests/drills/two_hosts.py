@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from drill import Cells, Skipped
 from forks import outcome
 
 from fastclr import checkpointing
@@ -24,8 +25,11 @@ ADDRESSES = ("10.213.77.1", "10.213.77.2")
 CABLE = ("fclr0", "fclr1")
 NAMES = (f"fastclr-{os.getpid()}-0", f"fastclr-{os.getpid()}-1")
 WATCHDOG_SECONDS = 5
+EPOCHS = 24
+STEPS = 5 * EPOCHS
+Parts = Iterator[tuple[str, Callable[[], str]]]
 FLAGS = (
-    "--recipe demo --global-batch-size 16 --epochs 24 --log-every 1 --checkpoint-every 10 "
+    f"--recipe demo --global-batch-size 16 --epochs {EPOCHS} --log-every 1 --checkpoint-every 10 "
     "--encoder.width 0.125 --encoder.stem small_stride2 --views.size 16 --head.output-dim 16 "
     f"--optimizer.warmup-epochs 1 --faults.watchdog-seconds {WATCHDOG_SECONDS}"
 ).split()
@@ -54,33 +58,47 @@ def hosts() -> Iterator[None]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
+def try_all(cells: Cells, parts: Parts) -> None:
+    """Try the parts of a drill on two hosts, each a cell; none where hosts cannot be made."""
+    try:
+        with hosts():
+            for name, seen in parts:
+                with cells.cell(name):
+                    cells.notes.append(seen())
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Skipped(f"no network namespaces here: {error}") from error
+
+
 def start(folder: Path, run_dir: Path, launcher: str) -> list[subprocess.Popen[str]]:
     """Start one rank on each host."""
     hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    script = ["fastclr/train.py", "--ds-config", "fastclr/recipes/fp32.json", *FLAGS]
-    script += ["--data.train", str(folder / "train"), "--run-dir", str(run_dir)]
     processes = []
-    for host, name in enumerate(NAMES):
+    for host in (0, 1):
         address = ["--master_addr", ADDRESSES[0], "--master_port", "29533"]
         if launcher == "deepspeed":
             begin = ["deepspeed", "--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(host)]
         else:
             begin = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(host)]
-        environ = {**os.environ, "GLOO_SOCKET_IFNAME": CABLE[host], "OMP_NUM_THREADS": "1"}
-        environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
-        processes.append(
-            subprocess.Popen(
-                ["ip", "netns", "exec", name, *begin, *address, *script],
-                cwd=ROOT,
-                env=environ,
-                stdout=(folder / f"host{host}.txt").open("w"),
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        )
+        processes.append(start_on(host, folder, run_dir, [*begin, *address]))
     return processes
+
+
+def start_on(host: int, folder: Path, run_dir: Path, begin: list[str]) -> subprocess.Popen[str]:
+    """Start a training on a host."""
+    script = ["fastclr/train.py", "--ds-config", "fastclr/recipes/fp32.json", *FLAGS]
+    script += ["--data.train", str(folder / "train"), "--run-dir", str(run_dir)]
+    environ = {**os.environ, "GLOO_SOCKET_IFNAME": CABLE[host], "OMP_NUM_THREADS": "1"}
+    environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
+    return subprocess.Popen(
+        ["ip", "netns", "exec", NAMES[host], *begin, *script],
+        cwd=ROOT,
+        env=environ,
+        stdout=(folder / f"host{host}.txt").open("w"),
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def said(folder: Path) -> str:
@@ -99,8 +117,8 @@ def wait(processes: list[subprocess.Popen[str]], seconds: float) -> list[int]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def phases(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield what is tried, in order: trained whole, with the cable pulled, plugged in again."""
+def phases(folder: Path, is_long: bool) -> Parts:
+    """Yield what is tried, in order: the cable pulled; a whole training, plugged in again."""
     run_dir = folder / "cut"
 
     def whole() -> str:
@@ -121,8 +139,7 @@ def phases(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
         ip("-n", NAMES[0], "link", "set", CABLE[0], "up")
         assert codes == [76, 76], (codes, said(folder))
         saved = checkpointing.latest(run_dir / "checkpoints")
-        assert saved is not None
-        assert saved.name < f"step-{outcome(folder / 'whole')['step']:07d}"
+        assert saved is not None and saved.name < f"step-{STEPS:07d}"
         return f"both left after {seconds:.0f} s ({WATCHDOG_SECONDS} allowed)"
 
     def plugged_in() -> str:
@@ -132,6 +149,40 @@ def phases(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
         assert outcome(run_dir) == outcome(folder / "whole"), "the end is another"
         return "gone on to the same end"
 
-    yield "deepspeed", whole
     yield "the cable pulled", pulled
-    yield "plugged in, torchrun", plugged_in
+    if is_long:
+        yield "deepspeed", whole
+        yield "plugged in, torchrun", plugged_in
+
+
+def owners(folder: Path) -> Parts:
+    """Yield what is tried, in order: a run that its host writes is begun on another one too."""
+    run_dir, alone, there = folder / "owned", [sys.executable], "anna"
+    # Only here: a name that nobody knows makes process groups of several ranks wait for a resolver.
+    named = ["unshare", "--uts", "sh", "-c", f'hostname {there} && exec "$@"', "sh", *alone]
+    first: list[subprocess.Popen[str]] = []
+
+    def refused() -> str:
+        first.append(start_on(0, folder, run_dir, named))
+        deadline = time.monotonic() + 90
+        while not (run_dir / "checkpoints/latest").exists():
+            assert time.monotonic() < deadline and first[0].poll() is None, said(folder)
+            time.sleep(0.01)
+        os.killpg(first[0].pid, signal.SIGSTOP)
+        started = time.monotonic()
+        assert wait([start_on(1, folder, run_dir, alone)], 60) == [78], said(folder)
+        seconds = time.monotonic() - started
+        text = (folder / "host1.txt").read_text()
+        for word in ("is being written", f" on {there} ", "process ", "run "):
+            assert word in text, (word, text)
+        return f"refused after {seconds:.0f} s, imports included"
+
+    def goes_on() -> str:
+        os.killpg(first[0].pid, signal.SIGCONT)
+        assert wait(first, 120) == [0], said(folder)
+        assert wait([start_on(1, folder, folder / "alone", alone)], 120) == [0], said(folder)
+        assert outcome(run_dir) == outcome(folder / "alone"), "the end is another"
+        return "the first went on to the same end"
+
+    yield "another host", refused
+    yield "the first one", goes_on

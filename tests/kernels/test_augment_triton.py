@@ -1,8 +1,7 @@
 """The fused augmentation, interpreted or on a GPU, against the reference.
 
-TRITON_INTERPRET=0 python -m pytest tests/kernels/test_augment_triton.py
-
-runs it on a GPU. More sizes, and every back-end's common tests: tests/pipelines/test_augment.py.
+``make gpu-check`` runs it on a GPU. More sizes, and every back-end's common tests:
+tests/pipelines/test_augment.py.
 """
 
 from __future__ import annotations
@@ -20,11 +19,7 @@ from pipelines import kernels_triton as kernels
 from pipelines.augment_reference import augment as reference
 from pipelines.backends import BACKENDS
 from pipelines.policy import SimCLRPolicy, ViewParams
-
-DEVICE = torch.device("cpu" if kernels.interpreted() else "cuda")
-pytestmark = pytest.mark.skipif(
-    DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="neither interpreted nor a GPU"
-)
+from tests.device import DEVICE
 
 
 def picture(height, width, seed=0):

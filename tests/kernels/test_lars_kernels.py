@@ -1,4 +1,4 @@
-"""LARS's sums and update, in torch, numba and interpreted Triton, against float64."""
+"""LARS's sums and update, in torch, numba and Triton, against float64."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastclr.kernels import KernelUnavailable, lars, lars_numba, lars_torch
+from tests.device import DEVICE, on_device  # noqa: F401
 
-lars.check(torch.ones(1))  # or TRITON_INTERPRET=1 was not set before Triton was imported
+lars.check(torch.ones(1, device=DEVICE))  # or Triton was imported before its interpreter was chosen
 
 KERNELS = {"torch": lars_torch, "numba": lars_numba, "triton": lars}
+if DEVICE.type == "cuda":
+    del KERNELS["numba"]
 SIZES = (1, 7, lars.CHUNK - 1, lars.CHUNK, 3 * lars.CHUNK + 5, lars_numba.BLOCK + 1)
 OPTIONS: dict[str, Any] = {"weight_decay": 0.05, "momentum": 0.9, "nesterov": False, "rate": 0.3}
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on NaN
@@ -23,7 +26,7 @@ each = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 
 def tensors(sizes, scale=1.0, dtype=torch.float32, start=0, seed=0):
     """Return lists of weights, gradients and momenta: pieces of flat buffers, from ``start`` on."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     kinds = []
     for size in (1.0, 1e-2, 1e-3):
         flat = scale * size * torch.randn(sum(sizes) + start, generator=generator)

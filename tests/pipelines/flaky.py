@@ -154,12 +154,14 @@ class Flaky:
 def flaky(
     upstream: tuple[str, int] | None = None, certificate: Path | None = None
 ) -> Iterator[Flaky]:
-    """Run a server for a test."""
+    """Run a server for a test, on loopback: an internal address, which has to be allowed."""
     server = Flaky(upstream, certificate)
-    try:
-        yield server
-    finally:
-        server.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTCLR_ALLOW_INTERNAL", "1")
+        try:
+            yield server
+        finally:
+            server.close()
 
 
 def self_signed(file: Path) -> Path:

@@ -24,8 +24,8 @@ from pipelines.augment_reference import augment as reference
 from pipelines.backends import BACKENDS, Augment
 from pipelines.decode import Pixels
 from pipelines.policy import SimCLRPolicy, ViewParams
+from tests.device import DEVICE
 
-CPU = torch.device("cpu")
 Picture = Callable[..., Pixels]
 
 
@@ -39,7 +39,7 @@ def large_tiles() -> Iterator[None]:
 
 
 DALI_CROPS = "dali, with the crops of CUDA's graph"
-NAMES = [*BACKENDS, DALI_CROPS]
+NAMES = [*BACKENDS, DALI_CROPS] if DEVICE.type == "cpu" else [*BACKENDS]
 
 
 def one_view(name: str) -> Augment:
@@ -53,7 +53,7 @@ def one_view(name: str) -> Augment:
             backend._cropped = [True]  # pyright: ignore[reportAttributeAccessIssue]
         source = [png(image) for image in images] if backend.takes_bytes else images
         (views,) = backend(source, [params])
-        return views
+        return views.cpu()
 
     return augment
 
@@ -79,7 +79,7 @@ Limits = tuple[float, float, int]
 
 # Back-ends whose resize is not Pillow's to the last bit. DALI neither rounds nor clips between its
 # two passes, and beyond the border of a crop it repeats the last pixel where Pillow sees nothing.
-RESIZE: dict[str, Limits] = {DALI_CROPS: (0.3, 3, 12)}
+RESIZE: dict[str, Limits] = {NAMES[-1] if DEVICE.type == "cpu" else "dali": (0.3, 3, 12)}
 
 
 def loosened(limits: Limits, backend: str, times: float = 1) -> Limits:
@@ -141,9 +141,9 @@ def test_whole_views_equal_the_reference(
     )
     for name in ("flip_N", "jitter_N", "blur_N"):
         assert 0 < getattr(params, name).sum() < len(sizes), f"{name} is not tested here"
-    views = augment(images, params, policy, CPU)
+    views = augment(images, params, policy, DEVICE)
     assert_close(views, reference(images, params, policy), loosened(limits, backend))
-    assert torch.equal(views, augment(images, params, policy, CPU)), "a repeated call differs"
+    assert torch.equal(views, augment(images, params, policy, DEVICE)), "a repeated call differs"
 
 
 SIZES = [(40, 40), (64, 48), (100, 80), (40, 40)]
@@ -191,10 +191,10 @@ def test_each_operation_alone(
     values = {k: np.array(v, getattr(params, k).dtype) for k, v in changes.items()}
     jitters = np.full(4, "factors_N4" in changes)
     changed = replace(params, **{"jitter_N": jitters, **values})
-    views = augment(images, changed, policy, CPU)
+    views = augment(images, changed, policy, DEVICE)
     assert_close(views, reference(images, changed, policy), loosened(limits, backend))
     if changes:
-        assert not torch.equal(views, augment(images, params, policy, CPU)), "does nothing"
+        assert not torch.equal(views, augment(images, params, policy, DEVICE)), "does nothing"
 
 
 @pytest.mark.parametrize(("source", "side"), [(64, 32), (224, 112), (448, 224)])
@@ -203,7 +203,7 @@ def test_halves_round_up_as_in_pillow(
 ) -> None:
     """At such scales the weights are dyadic, and many sums end at exactly .5."""
     image = picture(source, source, 13)
-    views = augment([image], identity([(source, source)]), SimCLRPolicy(size=side), CPU)
+    views = augment([image], identity([(source, source)]), SimCLRPolicy(size=side), DEVICE)
     plain = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
     assert (
         errors(views[0], torch.from_numpy(np.array(plain)))[0] < loosened((5e-4, 0, 0), backend)[0]
@@ -220,7 +220,7 @@ def test_any_crop_equals_the_reference(data: st.DataObject, backend: str) -> Non
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     params = replace(identity([(height, width)]), box_N4=np.array([(top, left, h, w)], np.int32))
     policy = SimCLRPolicy(size=data.draw(st.integers(8, 50)))
-    views = one_view(backend)([pixels], params, policy, CPU)
+    views = one_view(backend)([pixels], params, policy, DEVICE)
     # Noise overshoots, and small crops are all border: twenty times what pictures differ by.
     limits = loosened((0.05, 1, 2), backend, times=20)
     assert_close(views, reference([pixels], params, policy), limits)
@@ -234,8 +234,8 @@ def test_one_image_in_two_halves_of_a_batch(augment: Augment, picture: Picture) 
     params = policy.draw(
         seed=2, epoch=1, positions=np.arange(16), view=1, sizes_N2=np.array(sizes, np.int32)
     )
-    whole = augment(images, params, policy, CPU)
-    halves = [augment(images[k : k + 8], params[k : k + 8], policy, CPU) for k in (0, 8)]
+    whole = augment(images, params, policy, DEVICE)
+    halves = [augment(images[k : k + 8], params[k : k + 8], policy, DEVICE) for k in (0, 8)]
     assert torch.equal(whole, torch.cat(halves))
 
 
@@ -246,14 +246,14 @@ def test_the_arguments_stay_as_they_are(augment: Augment, picture: Picture) -> N
     sizes_N2 = np.full((4, 2), 32, np.int32)
     params = policy.draw(seed=0, epoch=0, positions=np.arange(4), view=0, sizes_N2=sizes_N2)
     again = policy.draw(seed=0, epoch=0, positions=np.arange(4), view=0, sizes_N2=sizes_N2)
-    augment(images, params, policy, CPU)
+    augment(images, params, policy, DEVICE)
     assert all(np.array_equal(a, b) for a, b in zip(images, kept, strict=True))
     assert all(np.array_equal(vars(params)[k], vars(again)[k]) for k in vars(params))
 
 
 def test_a_full_box_of_the_right_size_is_the_image(augment: Augment, picture: Picture) -> None:
     image = picture(40, 40, 3)
-    views = augment([image, image], identity([(40, 40)] * 2), SimCLRPolicy(size=40), CPU)
+    views = augment([image, image], identity([(40, 40)] * 2), SimCLRPolicy(size=40), DEVICE)
     assert np.array_equal(views[0].numpy(), image) and np.array_equal(views[1].numpy(), image)
 
 
@@ -261,7 +261,7 @@ def test_one_pixel_crops_are_flat(augment: Augment, picture: Picture) -> None:
     image = picture(30, 50, 4)
     boxes = np.array([(0, 0, 1, 1), (29, 49, 1, 1), (17, 3, 1, 1)], np.int32)
     params = replace(identity([(30, 50)] * 3), box_N4=boxes)
-    views = augment([image] * 3, params, SimCLRPolicy(size=16), CPU).numpy()
+    views = augment([image] * 3, params, SimCLRPolicy(size=16), DEVICE).numpy()
     for view, (top, left, _, _) in zip(views, boxes, strict=True):
         assert (view == image[top, left]).all()
 
@@ -269,7 +269,7 @@ def test_one_pixel_crops_are_flat(augment: Augment, picture: Picture) -> None:
 def test_a_flip_mirrors_left_and_right(augment: Augment, backend: str, picture: Picture) -> None:
     image = picture(30, 50, 5)
     params = replace(identity([(30, 50)] * 2), flip_N=np.array([False, True]))
-    plain, flipped = augment([image, image], params, SimCLRPolicy(size=24), CPU)
+    plain, flipped = augment([image, image], params, SimCLRPolicy(size=24), DEVICE)
     # DALI sums from the other end.
     assert errors(flipped, plain.flip(1))[2] <= (1 if backend == DALI_CROPS else 0)
     assert errors(flipped, plain)[0] > 5
@@ -281,7 +281,7 @@ def test_the_crop_sees_no_pixel_outside(augment: Augment, picture: Picture) -> N
     other[10:30, 20:45] = image[10:30, 20:45]
     box = np.array([(10, 20, 20, 25)] * 2, np.int32)
     params = replace(identity([(40, 60)] * 2), box_N4=box)
-    a, b = augment([image, other], params, SimCLRPolicy(size=16), CPU)
+    a, b = augment([image, other], params, SimCLRPolicy(size=16), DEVICE)
     assert torch.equal(a, b)
 
 
@@ -365,7 +365,7 @@ def test_blur_taps_are_a_tenth_of_the_side_and_odd(side: int, taps: int) -> None
 def test_views_below_20_pixels_have_no_blur(augment: Augment, picture: Picture) -> None:
     image = picture(16, 16, 11)
     params = replace(identity([(16, 16)]), blur_N=np.array([True]))
-    view = augment([image], params, SimCLRPolicy(size=16), CPU)[0]
+    view = augment([image], params, SimCLRPolicy(size=16), DEVICE)[0]
     assert np.array_equal(view.numpy(), image)
 
 

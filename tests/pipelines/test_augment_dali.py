@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import zlib
@@ -405,7 +406,10 @@ def test_the_gpu_decodes_once_and_stays_there() -> None:
 def test_on_a_gpu_torchs_stream_waits_and_the_colours_stay_there(
     monkeypatch: pytest.MonkeyPatch, picture: Picture, encode: Encode
 ) -> None:
-    """A double of the pipeline: what is asked of DALI and torch on ``cuda:1``."""
+    """A double of the pipeline: what is asked of DALI and torch on ``cuda:1``.
+
+    Its ``run`` has DALI's own signature, where a name would be that of an input.
+    """
     asked: dict[str, Any] = {"fed": []}
     crop = torch.zeros(2, 24, 24, 3, dtype=torch.uint8)
 
@@ -427,8 +431,8 @@ def test_on_a_gpu_torchs_stream_waits_and_the_colours_stay_there(
         def feed_input(self, name: str, feed: Any) -> None:
             asked["fed"].append(name)
 
-        def run(self, **how: Any) -> list[Any]:
-            asked.update(how)
+        def run(self, *args: Any, **how: Any) -> list[Any]:
+            asked.update(inspect.signature(Pipeline.run).bind(self, *args, **how).arguments)
             return [SimpleNamespace(as_tensor=lambda: crop)] * 2
 
     monkeypatch.setattr(augment_dali, "Pipeline", Double)

@@ -17,14 +17,14 @@ POLICY = SimCLRPolicy(size=12)
 
 
 @pytest.mark.parametrize(
-    ("device", "there", "has_dali", "in_memory", "expected"),
+    ("device", "there", "has_triton", "in_memory", "expected"),
     [
-        (CPU, ("threads", "dali"), True, False, "threads"),
-        (CPU, ("dali",), True, False, "kornia"),
+        (CPU, ("threads", "triton"), True, False, "threads"),
+        (CPU, ("triton",), True, False, "kornia"),
         (CPU, (), False, True, "kornia"),
-        (CUDA, ("threads", "dali"), True, False, "dali"),
-        (CUDA, ("threads", "dali"), True, True, "kornia"),
-        (CUDA, ("threads", "dali"), False, False, "kornia"),
+        (CUDA, ("threads", "triton"), True, False, "triton"),
+        (CUDA, ("threads", "triton"), True, True, "triton"),
+        (CUDA, ("threads", "triton"), False, False, "kornia"),
         (CUDA, ("threads",), True, False, "kornia"),
     ],
 )
@@ -32,13 +32,13 @@ def test_auto(
     monkeypatch: pytest.MonkeyPatch,
     device: torch.device,
     there: tuple[str, ...],
-    has_dali: bool,
+    has_triton: bool,
     in_memory: bool,
     expected: str,
 ) -> None:
     known = dict.fromkeys(("kornia", "reference", *there), BACKENDS["kornia"])
     monkeypatch.setattr(backends, "BACKENDS", known)
-    monkeypatch.setattr(backends, "_has_dali", lambda: has_dali)
+    monkeypatch.setattr(backends, "_has_triton", lambda: has_triton)
     assert resolve_backend("auto", device, in_memory) == expected
     for name in known:  # an explicit choice stays what it is
         assert resolve_backend(name, device) == name

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from fastclr.config import ConfigError
 from pipelines.remote import StorageError, fetch, redacted, web
-from pipelines.remote.urls import is_internal, protocol_of, redacted_text, redirect_refused
+from pipelines.remote.urls import (
+    is_internal,
+    protocol_of,
+    redacted_text,
+    redirect_refused,
+    refused,
+)
 from tests.pipelines.flaky import flaky, self_signed
 from tests.pipelines.transfers import CANARY, DATA, QUICK, SHORT
 
@@ -117,7 +123,7 @@ def test_internal_addresses(address, internal):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "addresses", "named_internal", "refused"),
+    ("old", "new", "addresses", "named_internal", "is_refused"),
     [
         ("https://a/", "http://a/", ("8.8.8.8",), False, True),
         ("http://a/", "https://a/", ("8.8.8.8",), False, False),
@@ -127,16 +133,41 @@ def test_internal_addresses(address, internal):
         ("https://a/", "https://b/", ("10.0.0.1",), True, False),
         ("https://a/", "https://b/", ("169.254.169.254",), True, True),
         ("https://a/", "https://b/", ("::ffff:169.254.169.254",), True, True),
+        ("https://a/", "https://b/", ("8.8.8.8",), True, False),
     ],
 )
-def test_where_redirects_may_lead(monkeypatch, old, new, addresses, named_internal, refused):
-    monkeypatch.delenv("FASTCLR_ALLOW_INTERNAL", raising=False)
-    why = redirect_refused(old, new, addresses, named_is_internal=named_internal)
-    assert (why is not None) is refused
+def test_where_redirects_may_lead(monkeypatch, old, new, addresses, named_internal, is_refused):
     monkeypatch.setenv("FASTCLR_ALLOW_INTERNAL", "1")
     why = redirect_refused(old, new, addresses, named_is_internal=named_internal)
-    schemes_agree = new.startswith("https:") or new.split(":")[0] == old.split(":")[0]
-    assert (why is None) is schemes_agree
+    assert (why is not None) is is_refused
+    monkeypatch.delenv("FASTCLR_ALLOW_INTERNAL")
+    why = redirect_refused(old, new, addresses, named_is_internal=named_internal)
+    assert (why is not None) is (is_refused or any(map(is_internal, addresses)))
+
+
+@pytest.mark.parametrize(
+    ("address", "without", "with_it"),
+    [
+        ("127.0.0.1", True, False),
+        ("10.1.2.3", True, False),
+        ("fd00::1", True, False),
+        ("8.8.8.8", False, False),
+        ("2606:4700::1111", False, False),
+        ("169.254.169.254", True, True),
+        ("::ffff:169.254.169.254", True, True),
+        ("64:ff9b::a9fe:a9fe", True, True),
+        ("fe80::1%eth0", True, True),
+        ("fd00:ec2::254", True, True),
+        ("100.100.100.200", True, True),
+        ("168.63.129.16", True, True),
+    ],
+)
+def test_which_addresses_are_asked(monkeypatch, address, without, with_it):
+    for setting, is_refused in ((None, without), ("0", without), ("yes", without), ("1", with_it)):
+        monkeypatch.delenv("FASTCLR_ALLOW_INTERNAL", raising=False)
+        if setting:
+            monkeypatch.setenv("FASTCLR_ALLOW_INTERNAL", setting)
+        assert (refused(["8.8.8.8", address]) is not None) is is_refused
 
 
 # https
@@ -196,7 +227,6 @@ def test_redirects_are_followed_five_times(server):
     ],
 )
 def test_a_bad_redirect_is_refused_before_connecting(server, monkeypatch, target):
-    monkeypatch.delenv("FASTCLR_ALLOW_INTERNAL", raising=False)
     connected = []
     connect = socket.create_connection
     monkeypatch.setattr(
@@ -211,24 +241,40 @@ def test_a_bad_redirect_is_refused_before_connecting(server, monkeypatch, target
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize("setting", [None, "1"])
 @pytest.mark.parametrize("host", ["169.254.169.254", "[::ffff:169.254.169.254]", "[fe80::1]"])
-def test_where_clouds_hand_out_credentials_nobody_asks(host, monkeypatch):
+def test_where_clouds_hand_out_credentials_nobody_asks(host, setting, monkeypatch):
     monkeypatch.delenv("FASTCLR_ALLOW_INTERNAL", raising=False)
+    if setting:
+        monkeypatch.setenv("FASTCLR_ALLOW_INTERNAL", setting)
     monkeypatch.setattr(socket, "create_connection", lambda *a, **k: pytest.fail("connected"))
-    with pytest.raises(StorageError, match=r"is not asked: .* is an internal address.*1 tries"):
+    with pytest.raises(StorageError, match=r"is not asked: .* is link-local.*1 tries"):
         fetch(f"http://{host}/latest/meta-data/", patience=SHORT)
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "127.1", "0x7f000001")
+
+
+@pytest.mark.parametrize("host", [*LOOPBACK, "me:pw@127.0.0.1", "10.0.0.1", "[::1]", "[fd00::1]"])
+def test_the_own_network_is_asked_only_where_that_is_allowed(server, monkeypatch, host):
+    url = f"http://{host}:{server.port}/a.bin"
+    if "127" in host or host in LOOPBACK:
+        assert fetch(url, patience=QUICK) == DATA
+        server.requests.clear()
+    monkeypatch.delenv("FASTCLR_ALLOW_INTERNAL")
+    monkeypatch.setattr(socket, "create_connection", lambda *a, **k: pytest.fail("connected"))
+    with pytest.raises(StorageError, match=r"is not asked: .* is an internal address.*1 tries"):
+        fetch(url, patience=QUICK)
+    assert not server.requests
+
+
 def test_the_public_internet_does_not_send_us_into_our_network(server, monkeypatch):
-    monkeypatch.delenv("FASTCLR_ALLOW_INTERNAL", raising=False)
     monkeypatch.setattr(web, "is_internal", lambda address: False)  # the named host seems public
-    for host in ("127.0.0.1", "localhost", "127.1", "0x7f000001"):
+    for host in LOOPBACK:
         server.redirects["/r"] = f"http://{host}:{server.port}/a.bin"
-        with pytest.raises(StorageError, match="internal address"):
+        with pytest.raises(StorageError, match=r"is an internal address, .* is none"):
             fetch(server.url("/r"), patience=QUICK)
-    assert not server.hits("/a.bin")
-    monkeypatch.setenv("FASTCLR_ALLOW_INTERNAL", "1")
-    assert fetch(server.url("/r"), patience=QUICK) == DATA
+    assert len(server.hits("/r")) == len(LOOPBACK) and not server.hits("/a.bin")
 
 
 def test_a_host_is_resolved_once_and_connected_to_by_address(server, monkeypatch):

@@ -217,10 +217,12 @@ def test_a_table_reaches_no_internal_address(
     (root / "1.png").write_bytes(b"one")
     (tmp_path / "t.csv").write_text(f"url\n{url}/1.png\nhttp://localhost:1/x\n")
     for image in listed(str(tmp_path / "t.csv"), spool, allow_urls=True):
-        with pytest.raises(OSError, match=r"internal address .FASTCLR_ALLOW_INTERNAL=1"):
+        with pytest.raises(OSError, match=r"internal address: set FASTCLR_ALLOW_INTERNAL=1"):
             image.read()
+    (root / "x.tar").write_bytes(ARCHIVES["x.tar"])  # named by the user or not
+    refused(f"{url}/x.tar", spool, "internal address")
     assert not seen
-    (root / "x.tar").write_bytes(ARCHIVES["x.tar"])  # what the user names is asked
+    monkeypatch.setenv("FASTCLR_ALLOW_INTERNAL", "1")
     assert contents(listed(f"{url}/x.tar", spool)) == FILES
 
 
