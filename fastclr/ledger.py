@@ -56,6 +56,12 @@ class Start:
     data: str
     seed: int
 
+    def __post_init__(self) -> None:
+        """Refuse what is no number of steps, ranks or images."""
+        for name, value in vars(self).items():
+            if name != "data" and type(value) is not int:
+                raise TypeError(f"{name} is {value!r}")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -211,7 +217,7 @@ def starts_of(run_dir: Path) -> list[Start]:
         try:
             with file.open(encoding="ascii") as stream:
                 found.append(Start(**json.loads(stream.readline())))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"{file} cannot be read ({error}): without it nobody can tell which steps of other "
                 "starts count. Restore the run's folder."
@@ -237,7 +243,7 @@ def entries(run_dir: Path, start: Start, rank: int) -> Iterator[Entry]:
             loss = float("nan") if fields["loss"] is None else float.fromhex(fields["loss"])
             ids, views = _unpack(fields["ids"]), int(fields["views"], 16)
             yield Entry(fields["step"], ids, views, loss, fields.get("damaged", 0))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{file} cannot be read ({type(error).__name__}: {error}): what its rank learned from "
             "is not known. Restore the run's folder."

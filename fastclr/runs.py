@@ -356,8 +356,18 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def load_run(run_dir: Path) -> Config:
-    """Read the resolved configuration of a run."""
-    return Config.from_dict(read_json(run_dir / "config.json")["config"])
+    """Read the resolved configuration of a run.
+
+    Raises:
+        ConfigError: If it is missing, or damaged.
+    """
+    facts = read_json(run_dir / "config.json")
+    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+        raise ConfigError(
+            f"{run_dir / 'config.json'} is damaged: it has no configuration. Restore the run's "
+            "folder."
+        )
+    return Config.from_dict(facts["config"])
 
 
 def evaluate(

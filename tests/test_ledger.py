@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -145,3 +146,22 @@ def test_a_bit_of_a_loss_and_a_missing_step_show_when_steps_are_taken_again(tmp_
     ):
         file.write_text("\n".join([lines[0], json.dumps({**entry, key: value}), *lines[2:]]))
         assert sum(differing()) == 2, key
+
+
+@pytest.mark.parametrize("value", [b"1e9990", b'"0"', b"0.0", b"null", b"true"])
+def test_a_start_without_numbers_is_refused(tmp_path, value):
+    file = tmp_path / "ledger/start-0000-rank-00000.jsonl"
+    file.parent.mkdir()
+    first = json.dumps(asdict(start())).encode()
+    file.write_bytes(first.replace(b'"number": 0', b'"number": ' + value) + b"\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        list(history(tmp_path))
+
+
+def test_a_loss_too_large_to_be_one_is_refused(tmp_path):
+    file = tmp_path / "ledger/start-0000-rank-00000.jsonl"
+    file.parent.mkdir()
+    line = {"step": 1, "ids": "AAAAAA==", "views": "00", "loss": "0x1p+99999"}
+    file.write_text(f"{json.dumps(asdict(start()))}\n{json.dumps(line)}\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        list(history(tmp_path))

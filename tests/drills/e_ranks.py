@@ -387,5 +387,6 @@ DRILLS = {
         "evaluated while it trains, killed, gone on: no bit changed, best and last kept",
         a_watched_run,
         90,
+        is_long_only=True,  # the suite has each part of it
     ),
 }

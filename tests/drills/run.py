@@ -190,7 +190,9 @@ def progress(count: int) -> Iterator[Progress]:
         yield bar
 
 
-def write_results(folder: Path, results: list[Result], tier: str, seconds: float) -> None:
+def write_results(
+    folder: Path, results: list[Result], tier: str, only: str, seconds: float
+) -> None:
     """Write the table and its rows."""
     sizes = {r.name: {"cells": r.num_cells, "passed": r.num_cells - r.num_failed,
                       "seed": r.seed, "tier": tier} for r in results}  # fmt: skip
@@ -203,7 +205,8 @@ def write_results(folder: Path, results: list[Result], tier: str, seconds: float
     lines = [
         "# Drills",
         "",
-        f"`python tests/drills/run.py --tier {tier} --out benchmarks/results` on {now()}, commit "
+        f"`python tests/drills/run.py --tier {tier}{f' --only {only}' if only else ''} --out "
+        f"benchmarks/results` on {now()}, commit "
         f"`{rows[0]['commit']}`{' (with changes)' if rows[0]['dirty'] else ''}: "
         f"{len(done)} drills, "
         f"{cells} cells, {len(failed)} drills failed{': ' + ', '.join(failed) if failed else ''}, "
@@ -260,7 +263,7 @@ def main() -> int:
         f"{', '.join(r.name for r in results if r.skipped)}"
     )
     if args.out:
-        write_results(args.out, results, args.tier, seconds)
+        write_results(args.out, results, args.tier, args.only, seconds)
     return 1 if failed else 0
 
 
