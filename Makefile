@@ -30,7 +30,7 @@ cifar10: data/cifar10/train/manifest.json data/cifar10/test/manifest.json
 	python tools/report.py --run runs/cifar10
 
 studies: data/cifar10/train/manifest.json data/cifar10/test/manifest.json
-	python tools/study.py all --data data/cifar10/train data/cifar10/test $(FLAGS)
+	fastclr study all --out fastclr/studies --data data/cifar10/train data/cifar10/test $(FLAGS)
 
 throughput: .venv/.installed
 	python benchmarks/throughput.py $(FLAGS)
@@ -39,7 +39,7 @@ bench-check: .venv/.installed
 	python benchmarks/check.py $(FLAGS)
 
 test: .venv/.installed
-	python -m pytest $(FLAGS)
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS)
 
 verify: .venv/.installed
 	python tools/verify.py

@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # The environment that runs this test is installed already: make is told so.
 MAKE = "make -o .venv/.installed"
-STUDY = "python tools/study.py heads --data data/cifar10/train data/cifar10/test"
+STUDY = "fastclr study heads --data data/cifar10/train data/cifar10/test"
 PRETRAIN = "fastclr pretrain path/to/images/train"
 SHORTENED = {
     # Where the environment is older than the command, it has no script of that name.
@@ -46,7 +46,7 @@ SHORTENED = {
     "--warm-up 1 --rounds 1 --no-stages --out scaling.md",
     "python benchmarks/curves.py": "python benchmarks/curves.py --only step --batches 16 32 "
     "--chunk 16 --step-rounds 1 --out curves.md",
-    STUDY: "python tools/study.py heads --scale toy --seeds 1 --data data/demo/train "
+    STUDY: "python -m fastclr study heads --scale toy --seeds 1 --data data/demo/train "
     "data/demo/test --out study --work study/work",
     "python benchmarks/peers.py": "python benchmarks/peers.py --sides 32 --parts loss optimizer "
     "--only lightly --calls 2 --out results/peers.jsonl",
