@@ -33,6 +33,11 @@ def device_of(world: World) -> torch.device:
     return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else _CPU
 
 
+def name_of(device: torch.device) -> str:
+    """Return what a GPU is called; ``cpu`` for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def problems(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,

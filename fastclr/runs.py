@@ -27,7 +27,7 @@ from fastclr import (
 )
 from fastclr.config import Config, ConfigError
 from fastclr.data_sets import DataSet
-from fastclr.engine import device_of, leave
+from fastclr.engine import device_of, leave, name_of
 from fastclr.evaluation import knn, linear, online
 from fastclr.evaluation.features import Features, Pixels, extract
 from fastclr.evaluation.linear_joint import JointProbe
@@ -88,7 +88,7 @@ def train(
         "ds_config": redacted(run.ds),
         "command": redacted_urls(shlex.join(command)),
         "versions": versions(),
-        "hardware": hardware(_device_name(trainer.device)),
+        "hardware": hardware(name_of(trainer.device)),
         "data": {"train": data_sets.facts_of(data_set)},
         "started": now(),
     }
@@ -333,11 +333,6 @@ def _share_cores(world: World) -> None:
     """Give each rank of this node its part of the cores, unless the user has said otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, num_cores() // world.num_local_ranks))
-
-
-def _device_name(device: torch.device) -> str:
-    """Name the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from fastclr.optim import LARS
 from fastclr.optim.schedules import Schedule
 from fastclr.simclr import SimCLR
 from fastclr.stragglers import Stragglers
-from fastclr.watchdog import Watchdog
+from fastclr.watchdog_timer import Watchdog
 from fastclr.window import Window
 from fastclr.world import World
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastclr.config import ConfigError
-from fastclr.engine import device_of
+from fastclr.engine import device_of, name_of
 from fastclr.facts import hardware, now, versions
 from fastclr.files import write_json
 from fastclr.interruption import Interruption, Preempted
@@ -165,7 +165,6 @@ def _do(job: Job, name: str, command: list[str]) -> JSON:
     device = device_of(World())
     scores = WORKS[job.run.work](job)
     gc.collect()  # engines hold themselves
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "study": name,
         "arm": job.run.arm,
@@ -174,7 +173,7 @@ def _do(job: Job, name: str, command: list[str]) -> JSON:
         "key": job.run.key(job.images.facts),
         "seconds": time.perf_counter() - started,
         "measured": now(),
-        "hardware": hardware(gpu),
+        "hardware": hardware(name_of(device)),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "command": shlex.join(command),

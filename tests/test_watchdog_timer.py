@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from fastclr.watchdog import Watchdog
+from fastclr.watchdog_timer import Watchdog
 
 
 def watched(folder: Path, stopped: float, hangs: float) -> tuple[int, float]:
