@@ -132,7 +132,8 @@ def training_loader(
 def _decoded(config: Config, data_set: DataSet, world: World) -> InMemory:
     """Decode all images before the run."""
     threads = config.data.num_threads or default_threads(world)
-    data_set.compare(range(data_set.num_shards))  # told at the first batch after it is found
+    # Told at the first batch after it is found.
+    data_set.compare(range(data_set.num_shards), config.data.on_damage == "replace")
     with Progress(console=Console(stderr=True), disable=not world.is_main) as progress:
         task = progress.add_task("decoding all images", total=len(data_set))
         return InMemory(

@@ -8,11 +8,14 @@ nothing later.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 
 from pipelines.errors import ShardError
+
+logger = logging.getLogger(__name__)
 
 
 class Comparison:
@@ -29,15 +32,20 @@ class Comparison:
         self._verify, self.problem = verify, ""
         self._lock = threading.Lock()
         self._seen: set[int] = set()
-        self._waiting: deque[int] = deque()
+        self._waiting: deque[tuple[int, bool]] = deque()
         self._is_running = False
 
-    def begin(self, numbers: Iterable[int]) -> None:
-        """Begin to compare tars; returns at once."""
+    def begin(self, numbers: Iterable[int], tolerant: bool = False) -> None:
+        """Begin to compare tars; returns at once.
+
+        Args:
+            numbers: Of the tars.
+            tolerant: Warn of one that differs, instead of calling it the problem.
+        """
         with self._lock:
             new = [number for number in numbers if number not in self._seen]
             self._seen.update(new)
-            self._waiting.extend(new)
+            self._waiting.extend((number, tolerant) for number in new)
             if self._is_running or not self._waiting:
                 return
             self._is_running = True
@@ -59,8 +67,11 @@ class Comparison:
                 if self.problem or not self._waiting:
                     self._is_running = False
                     return
-                number = self._waiting.popleft()
+                number, tolerant = self._waiting.popleft()
             try:
                 self._verify(number)
             except ShardError as error:
-                self.problem = str(error)
+                if tolerant:
+                    logger.warning("%s What of it decodes is read as it is.", error)
+                else:
+                    self.problem = str(error)

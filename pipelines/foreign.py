@@ -159,7 +159,7 @@ class ForeignShards:
             raise ShardError(f"{file} changed while it was in use: start again.")
         return index
 
-    def compare(self, numbers: Sequence[int]) -> None:
+    def compare(self, numbers: Sequence[int], tolerant: bool) -> None:
         """Do nothing: there is no manifest to compare with."""
 
     def check(self) -> None:

@@ -64,6 +64,11 @@ class ImageSet(Protocol):
         """Return which sample stands where in each epoch."""
         ...
 
-    def prefetch(self, shards: list[int]) -> None:
-        """Take a hint: these shards are read next. Returns at once, and never fails."""
+    def prefetch(self, shards: list[int], tolerant: bool = False) -> None:
+        """Take a hint: these shards are read next. Returns at once, and never fails.
+
+        Args:
+            shards: Their numbers.
+            tolerant: Whether files that changed are warned of, instead of ending the reading.
+        """
         ...

@@ -177,7 +177,8 @@ class Loader:
         """Yield this rank's batches for ever; hint which shards come after those in use."""
         epoch, start = self._epoch, self._position
         hinted = start  # where the window begins that the set was told of last
-        self.shard_set.prefetch(self._order.shards(epoch, start, start + 1))
+        tolerant = self._damage.on_damage == "replace"
+        self.shard_set.prefetch(self._order.shards(epoch, start, start + 1), tolerant)
         while True:
             left = self._order.num_positions - start
             stop = start + left // self._global_batch_size * self._global_batch_size
@@ -187,7 +188,7 @@ class Loader:
                 start += self._global_batch_size
                 while hinted < start:
                     hinted, shards = next_window(self._order, epoch, hinted, stop)
-                    self.shard_set.prefetch(shards)
+                    self.shard_set.prefetch(shards, tolerant)
                 yield _Work(epoch, start, sample_ids, mine)
             epoch, start, hinted = epoch + 1, 0, 0
 

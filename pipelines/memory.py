@@ -110,7 +110,7 @@ class InMemory:
         """Return which sample stands where in each epoch."""
         return self._set.order(seed)
 
-    def prefetch(self, shards: list[int]) -> None:
+    def prefetch(self, shards: list[int], tolerant: bool = False) -> None:
         """Take a hint of what is read next; all of it is here."""
 
     def _check_room(self, num_local_ranks: int) -> None:

@@ -296,15 +296,15 @@ class Mixture:
         orders = [one.order(own) for one, own in zip(self.sets, seeds, strict=True)]
         return MixedOrder(orders, self._num_shards, Pattern(self._weights, seed))
 
-    def prefetch(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int], tolerant: bool = False) -> None:
         """Begin to fetch shards that will be needed; they count through the sets."""
         for one, own in self._own_shards(shards):
-            one.prefetch(own)
+            one.prefetch(own, tolerant)
 
-    def compare(self, shards: Sequence[int]) -> None:
+    def compare(self, shards: Sequence[int], tolerant: bool = False) -> None:
         """Begin to compare local tars; see :meth:`~pipelines.shards.ShardSet.compare`."""
         for one, own in self._own_shards(shards):
-            one.compare(own)
+            one.compare(own, tolerant)
 
     def _own_shards(self, shards: Sequence[int]) -> Iterator[tuple[ShardSet, list[int]]]:
         first = 0

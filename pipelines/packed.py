@@ -226,11 +226,11 @@ class LocalShards:
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Do nothing: the files are here."""
 
-    def compare(self, numbers: Sequence[int]) -> None:
+    def compare(self, numbers: Sequence[int], tolerant: bool) -> None:
         """Begin to compare this rank's part of some tars with the manifest, in a thread."""
         world = World.detect()  # the ranks of a machine read the same tars
         mine = [n for n in numbers if n % world.num_local_ranks == world.local_rank]
-        self._comparison.begin(mine)
+        self._comparison.begin(mine, tolerant)
 
     def check(self) -> None:
         """Raise ShardError if a tar was found to differ from its manifest."""

@@ -89,7 +89,7 @@ class Storage(Protocol):
         """Begin to fetch shards that will be needed."""
         ...
 
-    def compare(self, numbers: Sequence[int]) -> None:
+    def compare(self, numbers: Sequence[int], tolerant: bool) -> None:
         """Begin to compare tars with the manifest where that was not done before they were here."""
         ...
 
@@ -224,18 +224,21 @@ class ShardSet:
         """Return which sample stands where in each epoch."""
         return BlockOrder(self._counts, seed=seed)
 
-    def prefetch(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int], tolerant: bool = False) -> None:
         """Begin to fetch shards that will be needed, or to compare them where they are local."""
         self._storage.prefetch(shards)
-        self._storage.compare(shards)
+        self._storage.compare(shards, tolerant)
 
-    def compare(self, shards: Sequence[int]) -> None:
+    def compare(self, shards: Sequence[int], tolerant: bool = False) -> None:
         """Begin to compare local tars with the manifest, in a thread; each once.
 
-        The ranks of a machine share them out. A difference is told by what reads: it is no damage
-        that could be replaced, because nobody knows which images are wrong.
+        The ranks of a machine share them out. A difference is raised by what reads.
+
+        Args:
+            shards: Their numbers.
+            tolerant: Warn of a difference instead: what then decodes is read as it is.
         """
-        self._storage.compare(shards)
+        self._storage.compare(shards, tolerant)
 
     def read(self, sample_id: int) -> bytes:
         """Return the encoded image.

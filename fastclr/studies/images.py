@@ -70,7 +70,7 @@ class First:
         """Return a permutation of these images for each epoch."""
         return BlockOrder(np.array([self._num_images]), seed=seed)
 
-    def prefetch(self, shards: list[int]) -> None:
+    def prefetch(self, shards: list[int], tolerant: bool = False) -> None:
         """Take no hint: the shards of the other set are not those of this order."""
 
 

@@ -70,7 +70,7 @@ class Images:
         """Name an image."""
         return f"image {sample_id}"
 
-    def prefetch(self, shards: list[int]) -> None:
+    def prefetch(self, shards: list[int], tolerant: bool = False) -> None:
         """Take a hint; nothing is read from anywhere."""
 
     def sizes(self, sample_ids: Int64) -> npt.NDArray[np.int32]:

@@ -120,7 +120,8 @@ class ShardCache:
             for _ in self._threads:
                 self._queue.put(None)
             for thread in self._threads:
-                thread.join(1.0)
+                if thread is not threading.current_thread():  # garbage may be collected in one
+                    thread.join(1.0)
 
     def _read_ahead(self) -> None:
         """Copy shards until told to stop."""

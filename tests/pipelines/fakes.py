@@ -84,7 +84,7 @@ class FakeSet:
     def order(self, seed: int) -> BlockOrder:
         return BlockOrder(self.shard_sizes, seed=seed, window=self.window)
 
-    def prefetch(self, shards: list[int]) -> None:
+    def prefetch(self, shards: list[int], tolerant: bool = False) -> None:
         self.hints.append(shards)
 
 

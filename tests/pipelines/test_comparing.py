@@ -46,12 +46,26 @@ def raises_within(seconds: float, call: Callable[[], object]) -> str:
 def test_a_loader_ends_with_the_tars_name(damaged: Path) -> None:
     images = ShardSet.open(damaged)
     assert [len(images.read(i)) > 0 for i in range(len(images))] == [True] * len(images)
-    loader = make_loader(images, SimCLRPolicy(size=16), micro_batch_size=4, on_damage="replace")
-    batches = iter(loader)
+    batches = iter(make_loader(images, SimCLRPolicy(size=16), micro_batch_size=4))
     said = raises_within(20, lambda: next(batches))
     assert "train-000002.tar" in said and "sha256" in said
     with pytest.raises(ShardError, match="000002"):
         images.read(0)
+
+
+def test_where_damage_is_replaced_it_is_told_and_the_run_goes_on(
+    damaged: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = ShardSet.open(damaged)
+    loader = make_loader(images, SimCLRPolicy(size=16), micro_batch_size=4, on_damage="replace")
+    batches = iter(loader)
+    deadline = time.monotonic() + 20
+    while not caplog.records:
+        next(batches)
+        assert time.monotonic() < deadline, "nothing was noticed"
+    next(batches)
+    (record,) = caplog.records
+    assert "train-000002.tar" in record.message and record.message.endswith("is read as it is.")
 
 
 @pytest.mark.parametrize("wrap", [InMemory, lambda images: images])
