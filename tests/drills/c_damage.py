@@ -101,7 +101,7 @@ def _a_bit_while_training(cells: Cells) -> None:
     whole = bytearray(tar.read_bytes())
     whole[-1] ^= 1
     tar.write_bytes(whole)
-    data = DataConfig(train=str(packed), on_damage="replace")
+    data = DataConfig(train=str(packed))
     for ranks in (1, 2):
         with cells.cell(f"a training run, {ranks} ranks"):
             run_dir = cells.folder / f"flipped{ranks}"
