@@ -8,16 +8,22 @@ import os
 import stat
 import tempfile
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 
 def sha256_of(file: Path) -> str:
     """Return a file's sha256 in hexadecimal; other threads run meanwhile."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))  # stays in a core's cache
     with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
+        return sha256_of_rest(stream)
+
+
+def sha256_of_rest(stream: FileIO) -> str:
+    """Return the sha256 of what is left to read of an unbuffered file, as :func:`sha256_of`."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))  # stays in a core's cache
+    while count := stream.readinto(buffer):
+        digest.update(buffer[:count])
     return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ from pipelines.packed import MANIFEST
 log = logging.getLogger(__name__)
 
 _MOST_NAMES = 1_000_000  # a pattern makes
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def is_foreign(text: str) -> bool:
@@ -32,7 +32,7 @@ def is_foreign(text: str) -> bool:
         return bool(_tars(path)) and not (path / MANIFEST).exists() and not _is_unfinished(path)
     if path.exists():
         return path.suffix == ".tar"
-    return bool(_RANGE.search(text)) or glob.has_magic(text)
+    return bool(RANGE.search(text)) or glob.has_magic(text)
 
 
 def _tars(folder: Path) -> list[Path]:
@@ -55,7 +55,7 @@ def list_tars(text: str) -> list[Path]:
     if path.exists():
         return _tars(path) if path.is_dir() else [path]
     found: list[Path] = []
-    for name in _expand(text):
+    for name in expand(text):
         if glob.has_magic(name):
             found += sorted(map(Path, glob.glob(name)))  # noqa: PTH207 - the pattern may be absolute
         elif Path(name).exists():
@@ -67,9 +67,9 @@ def list_tars(text: str) -> list[Path]:
     return found
 
 
-def _expand(text: str) -> list[str]:
+def expand(text: str) -> list[str]:
     """Write out every ``{first..last}``, with the zeros that ``first`` begins with."""
-    parts = _RANGE.split(text)
+    parts = RANGE.split(text)
     choices: list[list[str]] = [[parts[0]]]
     for first, last, tail in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
         if not 0 <= int(last) - int(first) < _MOST_NAMES:
@@ -79,6 +79,41 @@ def _expand(text: str) -> list[str]:
     if np.prod([len(choice) for choice in choices], dtype=float) > _MOST_NAMES:
         raise ShardError(f"{text} means more than {_MOST_NAMES} files: give a smaller range.")
     return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def names_of_classes(found: Sequence[Indexed]) -> list[str]:
+    """Return names for the labels of some tars, which have none."""
+    return [str(k) for k in range(max(one.num_classes for one in found))]
+
+
+def report(text: str, found: Sequence[Indexed], max_damaged: float) -> None:
+    """Warn of what is left out, or refuse it.
+
+    Args:
+        text: What was opened.
+        found: What is in its tars.
+        max_damaged: Share of samples that may be left out.
+
+    Raises:
+        ShardError: If more is damaged, or nothing is left.
+    """
+    kept, left_out = (sum(getattr(f, n) for f in found) for n in ("num_samples", "num_left_out"))
+    first = [problem for one in found for problem in one.left_out][:NAMED]
+    named = "".join(f"\n  {problem}" for problem in first) + "\n  ..." * (left_out > len(first))
+    if kept == 0:
+        raise ShardError(f"{text}: {len(found)} tars hold no usable sample.{named}")
+    if left_out > max_damaged * (kept + left_out):
+        raise ShardError(
+            f"{text}: {left_out} of {kept + left_out} samples cannot be used, more than "
+            f"max_damaged={max_damaged:g} allows:{named}\nRepair the tars, or allow more."
+        )
+    if left_out:
+        log.warning(
+            "%s: %d of %d samples cannot be used and are left out:%s",
+            text, left_out, kept + left_out, named,
+        )  # fmt: skip
+    if pickled := sum(one.num_pickled for one in found):
+        log.warning("%s: %d pickled members are ignored, never loaded", text, pickled)
 
 
 class ForeignShards:
@@ -101,39 +136,17 @@ class ForeignShards:
         self._indexer = Indexer(cache, label_field)
         files = list_tars(text)
         found = self._indexer.describe_all(files)
-        self._report(found, max_damaged)
+        report(text, found, max_damaged)
         used = [(file, one) for file, one in zip(files, found, strict=True) if one.num_samples]
         self._files = [file for file, _ in used]
         self._indexed = [one for _, one in used]
         self.samples_of_shards = np.array([one.num_samples for one in self._indexed], np.int64)
-        self.class_names = [str(k) for k in range(max(one.num_classes for one in found))]
+        self.class_names = names_of_classes(found)
         facts = [
-            (file.name, one.num_bytes, one.edges_sha256, one.num_samples, one.sha256)
+            (file.name, one.num_bytes, one.known_by, one.num_samples, one.sha256)
             for file, one in used
         ]
         self.digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-    def _report(self, found: list[Indexed], max_damaged: float) -> None:
-        """Warn of what is left out, or refuse it."""
-        kept, left_out = (
-            sum(getattr(f, n) for f in found) for n in ("num_samples", "num_left_out")
-        )
-        first = [text for one in found for text in one.left_out][:NAMED]
-        named = "".join(f"\n  {text}" for text in first) + "\n  ..." * (left_out > len(first))
-        if kept == 0:
-            raise ShardError(f"{self.path}: {len(found)} tars hold no usable sample.{named}")
-        if left_out > max_damaged * (kept + left_out):
-            raise ShardError(
-                f"{self.path}: {left_out} of {kept + left_out} samples cannot be used, more than "
-                f"max_damaged={max_damaged:g} allows:{named}\nRepair the tars, or allow more."
-            )
-        if left_out:
-            log.warning(
-                "%s: %d of %d samples cannot be used and are left out:%s",
-                self.path, left_out, kept + left_out, named,
-            )  # fmt: skip
-        if pickled := sum(one.num_pickled for one in found):
-            log.warning("%s: %d pickled members are ignored, never loaded", self.path, pickled)
 
     def file(self, number: int) -> str:
         """Name a tar for an error."""
@@ -155,7 +168,7 @@ class ForeignShards:
         else:
             indexed, lines = self._indexer.make(file)
             index = parse_lines(indexed, lines)
-        if indexed.sha256 != known.sha256 or indexed.edges_sha256 != known.edges_sha256:
+        if indexed.sha256 != known.sha256 or indexed.known_by != known.known_by:
             raise ShardError(f"{file} changed while it was in use: start again.")
         return index
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastclr.files import write_shared
 from pipelines.errors import ShardError
@@ -27,10 +27,10 @@ from pipelines.tar_scan import MOST_CLASSES, scan
 log = logging.getLogger(__name__)
 
 NAMED = 5  # samples left out that are named
-_FORMAT = "fastclr-foreign-index 1"
+FORMAT = "fastclr-foreign-index 1"
 _EDGE = 64 * 1024  # bytes at each end of a tar that are hashed to know it again
-_LONGEST_HEAD = 1 << 20
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
+LONGEST_HEAD = 1 << 20
+DAMAGED = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 _LITTLE = 256 << 20  # bytes of tars that are indexed sooner than processes start
 
 
@@ -41,8 +41,8 @@ class Indexed:
     Attributes:
         format: Of the index.
         num_bytes: Length of the tar.
-        mtime_ns: When it was last written.
-        edges_sha256: Of its first and last bytes.
+        mtime_ns: When it was last written; 0 behind a URL.
+        known_by: sha256 of its first and last bytes; of all where it lies behind a URL.
         label_field: Field of ``.json`` that labels were taken from.
         num_samples: Usable samples.
         num_left_out: Others.
@@ -55,7 +55,7 @@ class Indexed:
     format: str
     num_bytes: int
     mtime_ns: int
-    edges_sha256: str
+    known_by: str
     label_field: str | None
     num_samples: int
     num_left_out: int
@@ -77,10 +77,14 @@ class Indexed:
             raise ValueError("too many classes")
         return indexed
 
+    def line(self) -> bytes:
+        """Return the first line."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
     def is_of(self, other: tuple[int, int, str], label_field: str | None) -> bool:
         """Whether this describes a tar with such a length, time and edges."""
-        mine = (self.num_bytes, self.mtime_ns, self.edges_sha256)
-        return self.format == _FORMAT and mine == other and self.label_field == label_field
+        mine = (self.num_bytes, self.mtime_ns, self.known_by)
+        return self.format == FORMAT and mine == other and self.label_field == label_field
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,8 @@ class Indexer:
         for place in self._places(file):
             try:
                 with place.open("rb") as stream:
-                    indexed = Indexed.parse(stream.readline(_LONGEST_HEAD))
-            except _DAMAGED:
+                    indexed = Indexed.parse(stream.readline(LONGEST_HEAD))
+            except DAMAGED:
                 continue  # the caller makes it again
             if indexed.is_of(tar, self.label_field):
                 return indexed
@@ -160,30 +164,21 @@ class Indexer:
                 indexed = Indexed.parse(head)
                 if indexed.is_of(tar, self.label_field):
                     return indexed, parse_lines(indexed, lines)
-            except _DAMAGED:
+            except DAMAGED:
                 continue  # the caller makes it again
         return None
 
     def make(self, file: Path) -> tuple[Indexed, bytes]:
         """Index a tar and keep the index."""
         before = _identity(file)
-        found = scan(file, self.label_field)
+        try:
+            with file.open("rb") as stream:
+                indexed, lines = index_tar(stream, str(file), before, self.label_field)
+        except OSError as error:
+            raise ShardError(f"{file} cannot be read: {error}.") from error
         if _identity(file) != before:
             raise ShardError(f"{file} changed while it was indexed: wait until it is written.")
-        lines = "".join(sample.line() for sample in found.samples).encode()
-        labels = [-1 if s.label is None else s.label for s in found.samples]
-        indexed = Indexed(
-            _FORMAT,
-            *before,
-            self.label_field,
-            len(found.samples),
-            len(found.left_out),
-            [f"{file}, {text}" for text in found.left_out[:NAMED]],
-            found.num_pickled,
-            max(labels, default=-1) + 1,
-            hashlib.sha256(lines).hexdigest(),
-        )
-        raw = json.dumps(asdict(indexed)).encode() + b"\n" + lines
+        raw = indexed.line() + lines
         beside, cached = self._places(file)
         try:
             write_shared(beside, raw)
@@ -191,6 +186,40 @@ class Indexer:
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_shared(cached, raw)
         return indexed, lines
+
+
+def index_tar(
+    stream: BinaryIO, name: str, known_as: tuple[int, int, str], label_field: str | None
+) -> tuple[Indexed, bytes]:
+    """Index a tar.
+
+    Args:
+        stream: The tar.
+        name: Its path or URL, for errors.
+        known_as: Its length, time and sha256; see :class:`Indexed`.
+        label_field: See :func:`~pipelines.tar_scan.scan`.
+
+    Returns:
+        What is in it, and the lines of its index.
+
+    Raises:
+        ShardError: If it cannot be read.
+    """
+    found = scan(stream, name, label_field)
+    lines = "".join(sample.line() for sample in found.samples).encode()
+    labels = [-1 if s.label is None else s.label for s in found.samples]
+    indexed = Indexed(
+        FORMAT,
+        *known_as,
+        label_field,
+        len(found.samples),
+        len(found.left_out),
+        [f"{name}, {text}" for text in found.left_out[:NAMED]],
+        found.num_pickled,
+        max(labels, default=-1) + 1,
+        hashlib.sha256(lines).hexdigest(),
+    )
+    return indexed, lines
 
 
 def make_indexes(job: dict[str, Any]) -> None:

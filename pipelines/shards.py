@@ -148,7 +148,8 @@ class ShardSet:
         Args:
             path: Folder made by ``fastclr shards``, here or behind a URL of any fsspec file
                 system; or tars made by others: a folder of them, one, a glob pattern, or names with
-                ``{000000..000099}``. These are indexed when they are first opened.
+                ``{000000..000099}``, here or behind a URL. These are indexed when they are first
+                opened, for which those behind a URL are fetched.
             cache_dir: Folder for copies of remote shards, and for indexes of others' tars whose own
                 folder is read-only; None for ``fastclr`` in the user's cache folder.
             cache_bytes: Bound of the copies of remote shards.
@@ -168,9 +169,19 @@ class ShardSet:
             raise ConfigError(f"{text} is a command: fastclr runs none. Give a folder or a URL.")
         cache = Path(cache_dir) if cache_dir else user_cache()
         if "://" in text:
-            from pipelines import remote, remote_shards  # not needed for what is here
+            from pipelines import (
+                remote,
+                remote_foreign,
+                remote_shards,
+            )  # not needed for what is here
 
             patience = patience or remote.Patience()
+            if remote_foreign.is_remote_foreign(text):
+                return cls(
+                    remote_foreign.RemoteForeignShards(
+                        text, cache, cache_bytes, label_field, max_damaged, patience
+                    )
+                )
             return cls(remote_shards.RemoteShards(text, cache, cache_bytes, patience))
         from pipelines import foreign  # not needed for our own
 

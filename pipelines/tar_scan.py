@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import BinaryIO
 
 from PIL import Image
@@ -125,12 +125,13 @@ def _member(
     return Member(key, extension, info.offset_data, info.size, problem)
 
 
-def scan(file: Path, label_field: str | None) -> Scan:
+def scan(stream: BinaryIO, name: str, label_field: str | None) -> Scan:
     """Index a tar by its headers and those of its images.
 
     Args:
-        file: A plain tar; neighbours with one key make a sample. Its image is the first member with
-            the extension of one.
+        stream: A plain tar; neighbours with one key make a sample. Its image is the first member
+            with the extension of one.
+        name: Path or URL, for samples' sources and errors.
         label_field: Field of the sample's ``.json`` that is its label; None to take ``.cls``.
 
     Raises:
@@ -138,25 +139,23 @@ def scan(file: Path, label_field: str | None) -> Scan:
     """
     found = Scan()
     try:
-        with file.open("rb") as stream:
-            problems: list[str] = []
-            grouped = groupby(members(stream, problems), key=lambda member: member.key)
-            for key, group in grouped:
-                _add_sample(found, stream, file, key, list(group), label_field)
-            found.left_out += problems
+        problems: list[str] = []
+        for key, group in groupby(members(stream, problems), key=lambda member: member.key):
+            _add_sample(found, stream, PurePosixPath(name).name, key, list(group), label_field)
+        found.left_out += problems
     except tarfile.TarError as error:
         raise ShardError(
-            f"{file} is no plain tar ({error}): decompress it, or pack it with `fastclr shards`."
+            f"{name} is no plain tar ({error}): decompress it, or pack it with `fastclr shards`."
         ) from error
     except OSError as error:
-        raise ShardError(f"{file} cannot be read: {error}.") from error
+        raise ShardError(f"{name} cannot be read: {error}.") from error
     return found
 
 
 def _add_sample(
     found: Scan,
     stream: BinaryIO,
-    file: Path,
+    tar: str,
     key: str,
     group: list[Member],
     label_field: str | None,
@@ -174,7 +173,7 @@ def _add_sample(
     except (ValueError, RecursionError) as error:
         found.left_out.append(f"{key}: {error}")
     else:
-        source = f"{file.name}/{image.name}"
+        source = f"{tar}/{image.name}"
         offset, num_bytes, extension = image.offset, image.num_bytes, image.extension
         sample = Sample(key, extension, offset, num_bytes, height, width, label, source)
         found.samples.append(sample)

@@ -7,15 +7,14 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 
-from fastclr import commands, ds_config, recipes, train
+from fastclr import commands, ds_config, recipes
 from fastclr.cli import EXIT_CODES
 from fastclr.config import Config, OptimizerConfig
 from fastclr.export import FORMATS
@@ -24,10 +23,17 @@ from fastclr.studies import STUDIES
 from fastclr.studies.scales import SCALES
 from fastclr.world import World
 from pipelines.backends import BACKENDS
-from pipelines.photos import write_photo_tiles
-from pipelines.writer import write_shards
 from tests.fenced import blocks, without_blocks
 from tests.fenced import commands as commands_of
+from tests.toys import (
+    SHORT,
+    make_toys,
+    run_batch,
+    shortened,
+    small_data_sets,
+    stores,
+    with_toy_flags,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -35,33 +41,6 @@ PAGES = {str(file.relative_to(DOCS)): file for file in sorted(DOCS.rglob("*.md")
 RUN = [name for name, file in PAGES.items() if blocks(file.read_text(encoding="utf-8"))]
 RESULTS = ROOT / "benchmarks" / "results"
 
-# What needs more than this machine has, or has a test of its own: its flags are parsed here.
-PARSED = {
-    "s3://": "tests/pipelines/test_remote_sets.py",
-    "https://": "tests/pipelines/test_remote_sets.py",
-    "deepspeed ": "tests/end_to_end/test_module.py",
-    "torchrun ": "tests/drills/two_hosts.py",
-    "exec fastclr": "tests/test_world.py",  # a task of SLURM
-    "make ": "tests/test_readme.py",
-    "fastclr pretrain": "tests/commands/test_pretrain.py",
-    "fastclr.pretrain": "tests/commands/test_pretrain.py",
-    "fastclr fetch": "tests/commands/test_fetch.py",
-    "fastclr bench": "tests/throughput/test_throughput.py",
-    "tuned.flags": "tests/throughput/test_throughput.py",
-    "fastclr verify --ds-config": "tests/verify/test_verify.py",
-    "fastclr study": "tests/commands/test_study.py",
-    "linear-sgd": "tests/commands/test_evaluate.py",
-    "--protocol finetune": "tests/commands/test_evaluate.py",
-    "--protocol transfer": "tests/commands/test_evaluate.py",
-    "data/images/cifar10/": "tests/pipelines/test_cifar10.py",
-    "data/cifar10/": "tests/test_readme.py",
-}
-SHELL = ("export ", "code=", "if ", "  scontrol ", "fi", "exit ", "srun ")  # of a batch script
-TOY = shlex.split(
-    "--minutes None --epochs 1 --global-batch-size 16 --encoder.name resnet8 --encoder.width 0.125 "
-    "--encoder.stem small_stride2 --views.size 32 --head.output-dim 8 --optimizer.warmup-epochs 0 "
-    "--log-every 1"
-)
 # Flags of other programs, and of the launchers.
 OTHERS = {
     "--help", "--hostfile", "--max-restarts", "--module", "--no_ssh", "--num_accelerators",
@@ -74,83 +53,44 @@ def text_of(name: str) -> str:
     return PAGES[name].read_text(encoding="utf-8")
 
 
-def why_parsed(text: str) -> str | None:
-    """Return the test that runs a command or code; None if it is run here."""
-    return next((test for sign, test in PARSED.items() if sign in text), None)
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make images, packed sets and a trained run, to be copied."""
-    folder = tmp_path_factory.mktemp("built")
-    write_photo_tiles(folder / "images", train_per_photo=6, test_per_photo=2)
-    for split in ("train", "test"):
-        write_shards(folder / "images" / split, folder / split, num_workers=1)
-    words = ["--ds-config", "fp32", "--recipe", "cifar10-cpu", "--data.train"]
-    assert train.main([*words, f"{folder}/train", "--run-dir", f"{folder}/run", *TOY]) == 0
+    folder = tmp_path_factory.mktemp("toys")
+    make_toys(folder)
     return folder
 
 
-@pytest.fixture(scope="module")
-def sandboxes(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return the folder that a page's blocks run in, one after the other."""
-
-    @functools.cache
-    def sandbox(page: str) -> Path:
-        folder = tmp_path_factory.mktemp("page")
-        (folder / "path/to").mkdir(parents=True)
-        (folder / "path/to/images").symlink_to(built / "images")
-        (folder / "runs/throughput").mkdir(parents=True)
-        (folder / "runs/throughput/tuned.flags").write_text("--no-compile\n--data.prefetch 8\n")
+@pytest.fixture
+def sandbox(page: str, toys: Path, tmp_path: Path) -> Iterator[Path]:
+    """Enter the folder that a page's blocks run in, one after the other."""
+    with pytest.MonkeyPatch.context() as patch, small_data_sets():
+        patch.chdir(tmp_path)
+        (tmp_path / "path/to").mkdir(parents=True)
+        (tmp_path / "path/to/images").symlink_to(toys / "images")
         found = blocks(text_of(page), "json")
         ds = json.loads(found[0].text) if found else {}
         if found:
             ds |= {"train_batch_size": 16, "gradient_accumulation_steps": 2}
-        (folder / "ds.json").write_text(json.dumps(ds))
-        return folder
-
-    return sandbox
-
-
-@pytest.fixture
-def provide(built: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, list[str]], None]:
-    """Return what goes to a page's folder, and puts there what words name and nothing made."""
-
-    def enter(folder: Path, words: list[str]) -> None:
-        monkeypatch.chdir(folder)
-        for flag, word in zip(["", *words], words, strict=False):
-            place = Path(word)
-            if flag in ("--out", "--run-dir") or place.exists():
-                continue
-            if word.startswith("runs/"):
-                shutil.copytree(built / "run", place)
-            elif word.startswith("data/"):
-                kind = "images/" * word.startswith("data/photos") + place.name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.symlink_to(built / kind)
-
-    return enter
+        (tmp_path / "ds.json").write_text(json.dumps(ds))
+        # What an earlier call found: the toy's has little time to tune.
+        (tmp_path / "runs/throughput").mkdir(parents=True)
+        (tmp_path / "runs/throughput/tuned.json").write_text("{}")
+        (tmp_path / "runs/throughput/tuned.flags").write_text("--data.prefetch 8\n")
+        yield tmp_path
 
 
-def parse(words: list[str]) -> None:
-    """Parse the flags of a part of the command as it does; a wrong one ends the test."""
-    name, *flags = words
-    part = commands.PARTS[name]
-    if name == "train":
-        train.parse(flags)
-    elif name == "bench":
-        from fastclr.throughput.command import Options
-
-        _, rest = tyro.cli(Options, args=flags, return_unknown_args=True)
-        tyro.cli(Config, default=recipes.RECIPES["demo"](), args=rest)
-    else:
-        module = __import__(part.home, fromlist=[part.function])
-        function = getattr(module, part.function)
-        given = tyro.cli(functools.wraps(function)(lambda *args, **kwargs: kwargs), args=flags)
-        if name == "study":
-            assert given["name"] in {*STUDIES, "all"} and given["scale"] in SCALES
-        if name == "export":
-            assert given["to"] in FORMATS
+def provide(toys: Path, text: str) -> None:
+    """Put into the folder what a command or code reads there and nothing made."""
+    made = re.findall(r"--(?:out|run-dir) (\S+)", text)
+    for place in map(Path, re.findall(r"(?<![\w/])data/[\w/.]+|(?<= )runs/[\w/.]+", text)):
+        if place.exists() or str(place) in made or place.suffix:
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.parts[0] == "runs":
+            shutil.copytree(toys / "run", place)
+        else:
+            place.symlink_to(toys / place.name if place.name in ("train", "test") else toys)
 
 
 def after_launcher(words: list[str]) -> list[str]:
@@ -171,19 +111,14 @@ def after_launcher(words: list[str]) -> list[str]:
     return words[1:]
 
 
-def check_command(line: str, folder: Path, enter: Callable[[Path, list[str]], None]) -> None:
-    """Run a command, training at a toy's size; or parse it, if something else runs it."""
-    if line.startswith("make "):
+def check_command(line: str, toys: Path) -> None:
+    """Run a command, at a toy's size."""
+    if line.startswith("make "):  # tests/test_readme.py runs them
         assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
-    enter(folder, [])
-    words = after_launcher(shlex.split(line.removeprefix("exec ")))
-    parse(words)
-    if why_parsed(line):
-        return
-    enter(folder, words)
-    toy = TOY if words[0] == "train" else []
-    assert commands.main([*words, *toy]) == 0, line
+    words = after_launcher(shlex.split(line))
+    provide(toys, line)
+    assert commands.main([*words, *SHORT.get(words[0], [])]) == 0, line
 
 
 def check_json(text: str) -> None:
@@ -201,34 +136,38 @@ def check_json(text: str) -> None:
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_blocks_run(
-    page: str,
-    sandboxes: Callable[[str], Path],
-    provide: Callable[[Path, list[str]], None],
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    folder, namespace = sandboxes(page), {}
-    for block in blocks(text_of(page)):
-        if block.language == "json":
-            check_json(block.text)
-        elif block.language == "python":
-            code = compile(block.text, f"{page}, python", "exec")
-            if not why_parsed(block.text):
-                provide(folder, re.findall(r'"(data/[^"]+)"', block.text))
-                exec(code, namespace)
-        else:
-            assert block.language == "bash", f"{page}: nothing runs {block.language!r}"
-            subprocess.run(["bash", "-n", "-c", block.text], check=True)
-            for line in commands_of(block.text):
-                if not line.startswith(SHELL):
-                    check_command(line, folder, provide)
+def test_blocks_run(page: str, toys: Path, sandbox: Path) -> None:
+    namespace: dict[str, Any] = {}
+    with stores(toys) if "https://host" in text_of(page) else nullcontext("") as host:
+        for block in blocks(text_of(page)):
+            text = shortened(block.text, host)
+            if block.language == "json":
+                check_json(text)
+            elif block.language == "python":
+                provide(toys, text)
+                exec(compile(text, f"{page}, python", "exec"), namespace)
+            elif "SLURM_PROCID" in text:
+                assert "`rank.sh`" in text_of(page)
+                (sandbox / "rank.sh").write_text(with_toy_flags(text))
+                provide(toys, text)
+            elif "#SBATCH" in text:
+                run_batch(text, sandbox)
+            else:
+                assert block.language == "bash", f"{page}: nothing runs {block.language!r}"
+                for line in commands_of(text):
+                    check_command(line, toys)
 
 
-def test_what_is_only_parsed_is_run_elsewhere() -> None:
-    everything = "\n".join(block.text for name in RUN for block in blocks(text_of(name)))
-    for sign, test in PARSED.items():
-        assert sign in everything, f"{sign!r} stands on no page any more"
-        assert (ROOT / test).exists()
+def test_a_batch_script_gives_a_preempted_job_back_to_the_queue(tmp_path: Path) -> None:
+    (script,) = [b.text for b in blocks(text_of("ranks.md"), "bash") if "#SBATCH" in b.text]
+    for code, requeued in ((75, True), (76, True), (1, False)):
+        (tmp_path / "rank.sh").write_text(f"[ $SLURM_PROCID = 1 ] && exit {code}; exit 0")
+        run_batch(shortened(script), tmp_path, code)
+        queue = tmp_path / "scontrol.txt"
+        assert queue.exists() == requeued
+        if requeued:
+            assert queue.read_text() == "requeue 7\n"
+            queue.unlink()
 
 
 def links() -> Iterator[tuple[str, str, str]]:

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs a training command under Slurm and gives the job back to the queue when it was preempted.
 #
-#   sbatch --signal=B:USR1@120 --requeue tools/slurm.sh fastclr pretrain --data.train ... --run-dir ...
+#   sbatch --signal=B:USR1@120 --requeue tools/slurm.sh fastclr train --data.train ... --run-dir ...
 #
 # Slurm signals this shell 120 s before the time is over, and at a preemption; it passes that on.
 # fastclr finishes the step, saves and exits with 75. Only then is the job given back, once, and

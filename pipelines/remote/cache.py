@@ -112,6 +112,18 @@ class ShardCache:
                 self._coming.add(shard)
                 self._queue.put(shard)
 
+    def rename(self, known: Wanted, better: Wanted) -> None:
+        """Keep a copy under the length and hash that were found; do nothing if it has gone."""
+        old, new = _Copy(self.folder, known), _Copy(self.folder, better)
+        if (descriptor := old.open()) is None:
+            return
+        try:
+            new.seal(descriptor)  # in no process's eyes the old one any more
+            with self.locked(), contextlib.suppress(FileNotFoundError):
+                old.whole.replace(new.whole)
+        finally:
+            os.close(descriptor)
+
     def close(self) -> None:
         """Stop reading ahead; a download in progress ends within seconds and leaves nothing."""
         self._closed = True

@@ -113,7 +113,7 @@ def _readers(train: Path, folder: Path) -> dict[str, tuple[bytes, Callable[[byte
     return {
         "manifest": ((train / "manifest.json").read_bytes(), lambda d: parse_manifest(d, "m")),
         "index": (index, lambda d: check_index(d, entry, 16, "i")),
-        "tar": (stream.getvalue(), of_file("x.tar", lambda f: scan(f, None))),
+        "tar": (stream.getvalue(), lambda d: scan(io.BytesIO(d), "x.tar", None)),
         "image": (image, check_image),
         "DeepSpeed JSON": (b'{"fp16": {"enabled": true}, "train_batch_size": 8}',
                            of_file("ds.json", ds_config.read)),

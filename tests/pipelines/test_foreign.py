@@ -152,7 +152,9 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     names: list[str] = []
     really = module.scan
-    monkeypatch.setattr(module, "scan", lambda f, *a: names.append(f.name) or really(f, *a))
+    monkeypatch.setattr(
+        module, "scan", lambda s, name, *a: names.append(Path(name).name) or really(s, name, *a)
+    )
     return names
 
 
