@@ -94,9 +94,11 @@ def _dali(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: i
 
 def _kornia(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
     _exact_colours("kornia", policies)
-    from pipelines.augment_kornia import augment
+    from pipelines.augment_kornia import CHUNK_PIXELS, augment
 
-    return ViewByView(augment, policies, device)
+    on_cpu = device.type == "cpu"  # a GPU is given whole batches
+    chunk = max(CHUNK_PIXELS // policies[0].size ** 2, 1) if on_cpu else None
+    return ViewByView(augment, policies, device, chunk=chunk)
 
 
 def _reference(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:

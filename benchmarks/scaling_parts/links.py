@@ -18,6 +18,7 @@ from torch import multiprocessing
 from scaling_parts.model import Kind, Link
 
 SIZES = (64, 4096, 65_536, 1_048_576, 8_388_608)  # bytes, as the model counts them
+_WORK = 512  # side of matrices that are multiplied between collectives: milliseconds of a core
 KINDS: tuple[Kind, ...] = ("all_reduce", "all_gather")
 
 
@@ -44,7 +45,11 @@ def measure(
     sizes: Sequence[int] = SIZES,
     repeats: int = 20,
 ) -> list[Timed]:
-    """Time collectives of ranks on cores of their own; gloo, or NCCL where there are GPUs."""
+    """Time collectives of ranks on cores of their own; gloo, or NCCL where there are GPUs.
+
+    Each is begun after some milliseconds of arithmetic, as in a step: ranks that did nothing but
+    talk would find each other awake, with their buffers in the cache, in half of the time.
+    """
     path = folder / f"links-{time.monotonic_ns()}"
     multiprocessing.start_processes(
         _be, (ranks, slots, path, sizes, repeats), ranks, start_method="fork"
@@ -92,6 +97,7 @@ def _be(
         "nccl" if on_gpu else "gloo", init_method=f"file://{path}", rank=rank, world_size=ranks
     )
     rows: list[Timed] = []
+    work = torch.ones(_WORK, _WORK, device=device)
     for num_bytes in sizes:
         mine = torch.zeros(num_bytes // 4, device=device)
         everyone = list(torch.empty(ranks, len(mine), device=device))
@@ -100,7 +106,7 @@ def _be(
             "all_gather": lambda mine=mine, everyone=everyone: dist.all_gather(everyone, mine),
         }
         for kind in KINDS:
-            seconds = [_seconds(calls[kind]) for _ in range(repeats + 2)][2:]
+            seconds = [_seconds(calls[kind], work) for _ in range(repeats + 2)][2:]
             rows.append(Timed(kind, num_bytes, ranks, median(seconds)))
     if rank == 0:
         path.with_suffix(".json").write_text(json.dumps(rows))
@@ -108,7 +114,8 @@ def _be(
     os._exit(0)
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(call: Callable[[], object], work: torch.Tensor) -> float:
+    _ = work @ work
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     before = time.perf_counter()
