@@ -15,7 +15,7 @@ from fastclr.files import write_json
 
 # Share of labels -> epochs; Chen et al. 2020, B.5.
 EPOCHS = {0.01: 60, 0.1: 30}
-_MOST_BATCH = 4096
+_BATCH, _IMAGENET = 4096, 1_281_167  # the paper's batch, and the images that it is a share of
 
 
 def balanced_subset(label_X: Int64, fraction: float, seed: int = 0) -> Int64:
@@ -49,8 +49,9 @@ def balanced_subset(label_X: Int64, fraction: float, seed: int = 0) -> Int64:
 def settings_for(fraction: float, num_images: int, *, seed: int = 0) -> FinetuneSettings:
     """Return the paper's fine-tuning schedule for a subset: rate 0.05 * batch / 256, no decay.
 
-    The paper's batch of 4096 is a third of ImageNet's 1 %; a batch here is at most a third of the
-    subset, so that a small set gets as many steps an epoch.
+    The paper's batch of 4096 is a third of ImageNet's 1 % and a 31st of its 10 %. A batch here is
+    the same share of the whole set, at most 4096, so that a smaller set gets as many steps an
+    epoch: with fewer, larger ones its rate would be one that unlearns what was learned.
 
     Args:
         fraction: Share of the labels; the epochs are 60 up to 1 %, else 30.
@@ -58,7 +59,7 @@ def settings_for(fraction: float, num_images: int, *, seed: int = 0) -> Finetune
         seed: Seed of the order.
     """
     epochs = next((EPOCHS[share] for share in sorted(EPOCHS) if fraction <= share), EPOCHS[0.1])
-    batch_size = max(2, min(_MOST_BATCH, num_images // 3))
+    batch_size = max(2, min(_BATCH, round(num_images / fraction * _BATCH / _IMAGENET)))
     return FinetuneSettings(epochs=epochs, batch_size=batch_size, seed=seed)
 
 

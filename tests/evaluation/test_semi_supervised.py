@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -70,9 +71,13 @@ def test_the_papers_schedule():
     assert one.rate * one.batch_size / 256 == pytest.approx(0.8)
     assert (settings_for(0.1, 128_116).epochs, settings_for(0.1, 128_116).batch_size) == (30, 4096)
     assert settings_for(1.0, 50_000).epochs == 30
-    small = settings_for(0.01, 500)
-    assert (small.epochs, small.batch_size) == (60, 166), "as many steps an epoch as the paper"
+    for share, paper in ((0.01, 12_811), (0.1, 128_116), (1.0, 1_281_167)):
+        small = settings_for(share, round(share * 50_000))
+        assert small.batch_size == 160
+        steps = math.ceil(share * 50_000 / small.batch_size)
+        assert steps == math.ceil(paper / 4096), "as many steps an epoch as the paper"
     assert settings_for(0.01, 2).batch_size == 2
+    assert settings_for(1.0, 10**7).batch_size == 4096
 
 
 def test_lists_are_kept_and_checked(tmp_path):
