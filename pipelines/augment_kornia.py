@@ -18,7 +18,7 @@ from kornia import color, enhance, filters
 from pipelines.decode import Pixels
 from pipelines.policy import SimCLRPolicy, ViewParams
 
-CHUNK_PIXELS = 2**18  # on a CPU: their floats stay in a core's cache, a third less time
+CHUNK_PIXELS = 2**19  # on a CPU: their floats stay in the cores' caches, a fifth less time
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _STEPS: tuple[Step, ...] = (
@@ -49,6 +49,14 @@ def augment(
     Returns:
         uint8 (n, size, size, 3).
     """
+    few = max(CHUNK_PIXELS // policy.size**2, 1) if device.type == "cpu" else len(images)
+    chunks = [slice(first, first + few) for first in range(0, len(images), few)]
+    return torch.cat([_augment(images[rows], params[rows], policy, device) for rows in chunks])
+
+
+def _augment(
+    images: Sequence[Pixels], params: ViewParams, policy: SimCLRPolicy, device: torch.device
+) -> torch.Tensor:
     x_NCHW = torch.empty(len(images), 3, policy.size, policy.size, device=device)
     for rows in _rows_by_size(images):
         source_NHWC = np.stack([images[i] for i in rows])

@@ -94,11 +94,9 @@ def _dali(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: i
 
 def _kornia(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
     _exact_colours("kornia", policies)
-    from pipelines.augment_kornia import CHUNK_PIXELS, augment
+    from pipelines.augment_kornia import augment
 
-    on_cpu = device.type == "cpu"  # a GPU is given whole batches
-    chunk = max(CHUNK_PIXELS // policies[0].size ** 2, 1) if on_cpu else None
-    return ViewByView(augment, policies, device, chunk=chunk)
+    return ViewByView(augment, policies, device)
 
 
 def _reference(policies: Sequence[SimCLRPolicy], device: torch.device, num_threads: int) -> Backend:
