@@ -19,14 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-STARTED = time.monotonic()
+import tyro
 
-import tyro  # noqa: E402
-
-from fastclr.cli import guard, joined  # noqa: E402
-from fastclr.config import Config, ConfigError  # noqa: E402
-from fastclr.facts import typed  # noqa: E402
-from fastclr.recipes import RECIPES  # noqa: E402
+from fastclr.cli import guard, joined
+from fastclr.config import Config, ConfigError
+from fastclr.facts import typed
+from fastclr.recipes import RECIPES
 
 
 @dataclass
@@ -59,6 +57,7 @@ class Options:
 
 def measure(options: Options, words: list[str]) -> None:
     """Run a session, write and print what it found."""
+    started = time.monotonic()  # a second after the process, in one that does only this
     import torch
 
     from fastclr import ds_config
@@ -78,7 +77,7 @@ def measure(options: Options, words: list[str]) -> None:
     ranks = options.ranks or max(1, torch.cuda.device_count() if on_cuda else 1)
 
     def say(text: str) -> None:
-        print(f"[{time.monotonic() - STARTED:4.0f} s] {text}", flush=True)
+        print(f"[{time.monotonic() - started:4.0f} s] {text}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="fastclr-images-") as folder:
         batch = ds.get("train_batch_size") or config.global_batch_size or 256
@@ -88,7 +87,7 @@ def measure(options: Options, words: list[str]) -> None:
             data = str(synthetic.write(Path(folder), size, synthetic.enough(size, batch)))
         session = Session(
             replace(config, data=replace(config.data, train=data)), ds, ranks=ranks,
-            budget_seconds=60 * options.budget_minutes, started=STARTED, say=say,
+            budget_seconds=60 * options.budget_minutes, started=started, say=say,
             trace=options.out / "trace.json.gz" if options.profile else None,
         )  # fmt: skip
         try:

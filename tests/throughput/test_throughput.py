@@ -367,7 +367,7 @@ def test_a_session_ends_in_time_and_leaves_its_files(
     made_up = MadeUp(clock, speed_of)
     monkeypatch.setattr(session, "Processes", lambda ranks, on_cuda: made_up)
     monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(script, "STARTED", 0.0)
+    monkeypatch.setattr(script, "time", session.time)
     page, out = tmp_path / "page.md", tmp_path / "out"
     page.write_text("Written by hand.\n\n## Measured\n\nof yesterday\n")
     options = script.Options(
