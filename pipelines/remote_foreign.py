@@ -1,14 +1,15 @@
 """Tars made by others behind URLs: each is read once, to index it, and then known by its sha256.
 
-The index of a tar is in the cache folder, named by the tar's URL without its query, which may be a
-signature. Copies made later are compared with the sha256 that the indexed one had, so a tar that
-was changed is noticed, as if a manifest told its hash.
+The index of a tar is in the cache folder, named by a hash of its whole URL: the query may be a
+signature, but it may also say which tar. Copies made later are compared with the sha256 that the
+indexed one had, so a tar that was changed is noticed, as if a manifest told its hash.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
@@ -108,7 +109,7 @@ class RemoteForeignShards:
         return [one or made[url] for url, one in zip(urls, known, strict=True)]
 
     def _place(self, url: str) -> Path:
-        name = hashlib.sha256(redacted(url).encode()).hexdigest()
+        name = hashlib.sha256(f"{url}\n{self._label_field}".encode()).hexdigest()
         return self._indexes / f"{name}.fastclr-index"
 
     def _known(self, url: str) -> Indexed | None:
@@ -128,11 +129,11 @@ class RemoteForeignShards:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if known := self._known(url):
                 return known
-            with open(self._cache.open(url), "rb", buffering=0) as raw:  # noqa: PTH123 - a number
+            with os.fdopen(self._cache.open(url), "rb", buffering=0) as raw:
                 sha256, num_bytes = sha256_of_rest(raw), os.fstat(raw.fileno()).st_size
-                with os.fdopen(os.dup(raw.fileno()), "rb") as stream:
-                    known_as = (num_bytes, 0, sha256)
-                    indexed, lines = index_tar(stream, redacted(url), known_as, self._label_field)
+                known_as = (num_bytes, 0, sha256)
+                stream = io.BufferedReader(raw)
+                indexed, lines = index_tar(stream, redacted(url), known_as, self._label_field)
             write_shared(place, indexed.line() + lines)
             self._cache.rename((url, None, None), (url, num_bytes, sha256))
         return indexed

@@ -67,15 +67,21 @@ def test_labels_of_another_field_are_another_index(server: Flaky, cache: Path) -
     assert opened(server, cache, label_field="class").label_N.tolist() == [0] * 4 + [1] * 4
 
 
-def test_signatures_are_neither_kept_nor_a_new_tar(server: Flaky, cache: Path) -> None:
-    for signature in ("one", "two"):
-        path = f"/laion/00000.tar?sig={signature}"
-        server.objects[path] = server.objects["/laion/00000.tar"]
-        found = opened(server, cache, path)
-        assert len(found) == 4 and signature not in str(found.path) + found.source_of(0)
-    assert gets(server, "/laion/00000.tar?sig=two") == 0
+def test_a_query_may_say_which_tar_and_is_never_shown(
+    server: Flaky, cache: Path, encoded: list[bytes]
+) -> None:
+    """Two tars that are alike but for the query are two; a range may be in it."""
+    for number in range(2):
+        path = f"/get.tar?secret=one&file={number}"
+        server.objects[path] = server.objects[f"/laion/0000{number}.tar"]
+    found = opened(server, cache, "/get.tar?secret=one&file={0..1}")
+    assert [found.read(i) for i in range(8)] == encoded[:8]
+    assert "secret" not in str(found.path) + found.source_of(0) + found.place(0)
     kept = [file.read_bytes() for file in (cache / "foreign").iterdir()]
-    assert not any(b"sig=" in data for data in kept)
+    assert not any(b"secret" in data for data in kept)
+    server.objects["/get.tar?secret=two&file=0"] = server.objects["/laion/00000.tar"]
+    signed = opened(server, cache, "/get.tar?secret=two&file=0")
+    assert signed.digest == opened(server, cache, "/get.tar?secret=one&file=0").digest
 
 
 def test_a_tar_that_changed_is_noticed(
