@@ -1,6 +1,6 @@
 """Has anything become slower? Ratios of a short run beside those checked in: ``make bench-check``.
 
-python benchmarks/check.py [--minutes 5]
+python benchmarks/check.py [--minutes 5] [--only LARS]
 
 Times of two days or machines say nothing; ratios within a run do: how many times longer another
 library takes than we, the bare loop beside the trainer, memory's least time beside LARS. A ratio
@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -147,17 +147,19 @@ def compare(checked: Mapping[str, float], fresh: Mapping[str, float]) -> list[Ve
     return [Verdict(name, checked[name], fresh[name]) for name in fresh if name in checked]
 
 
-def measure(checked: Ratios, minutes: float) -> list[Verdict]:
+def measure(checked: Ratios, minutes: float, guards: Sequence[str] = ()) -> list[Verdict]:
     """Run the guards; those that found a loss once more, where the time allows it.
 
     Args:
         checked: Ratios checked in.
         minutes: Bound of it all, for a machine that nobody else uses.
+        guards: Which guards; all if empty.
     """
     started = time.monotonic()
     fresh: Ratios = {}
     with tempfile.TemporaryDirectory() as name:
-        for guard, run in GUARDS.items():
+        for guard in guards or GUARDS:
+            run = GUARDS[guard]
             print(f"{guard} ...", flush=True)
             before = time.monotonic()
             found = run(Path(name))
@@ -171,14 +173,17 @@ def measure(checked: Ratios, minutes: float) -> list[Verdict]:
     return compare(checked, fresh)
 
 
-def main(minutes: float = 5.0, results: Path = RESULTS) -> None:
+def main(minutes: float = 5.0, only: tuple[str, ...] = (), results: Path = RESULTS) -> None:
     """Measure, compare, exit with 1 on a loss.
 
     Args:
         minutes: Bound of the run.
+        only: Parts that are looked at, as the run names them, such as LARS; all by default.
         results: Folder of the results to compare with.
     """
-    verdicts = measure(checked_in(results), minutes)
+    if unknown := set(only) - set(GUARDS):
+        raise SystemExit(f"error: there is no part {sorted(unknown)}: give of {[*GUARDS]}.")
+    verdicts = measure(checked_in(results), minutes, only)
     if not verdicts:
         raise SystemExit(f"error: {results} has no ratio to compare with: run the benchmarks.")
     print(f"\n{'ratio, more is better':44} {'then':>8} {'now':>8} {'change':>7}")

@@ -25,10 +25,10 @@ from fastclr.world import World
 from pipelines.backends import BACKENDS
 from tests.fenced import blocks, without_blocks
 from tests.fenced import commands as commands_of
+from tests.nodes import launch, run_batch
 from tests.toys import (
     SHORT,
     make_toys,
-    run_batch,
     shortened,
     small_data_sets,
     stores,
@@ -93,32 +93,34 @@ def provide(toys: Path, text: str) -> None:
             place.symlink_to(toys / place.name if place.name in ("train", "test") else toys)
 
 
-def after_launcher(words: list[str]) -> list[str]:
-    """Parse a launcher's own flags; return the words behind ``fastclr``."""
-    if words[0] == "deepspeed":
-        from deepspeed.launcher.runner import parse_args
-
-        found = parse_args(words[1:])
-        assert found.module and found.user_script == "fastclr"
-        return found.user_args
-    if words[0] == "torchrun":
-        from torch.distributed.run import parse_args
-
-        found = parse_args(words[1:])
-        assert found.module and found.training_script == "fastclr"
-        return found.training_script_args
-    assert words[0] == "fastclr", f"what is {words[0]}?"
-    return words[1:]
-
-
 def check_command(line: str, toys: Path) -> None:
     """Run a command, at a toy's size."""
     if line.startswith("make "):  # tests/test_readme.py runs them
         assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
-    words = after_launcher(shlex.split(line))
     provide(toys, line)
-    assert commands.main([*words, *SHORT.get(words[0], [])]) == 0, line
+    launcher, _, rest = line.rpartition(" fastclr ")
+    words = shlex.split(rest if launcher else line.removeprefix("fastclr "))
+    flags = SHORT.get(words[0], [])
+    if launcher and words[0] == "train":
+        check_launch(line, words, flags)
+    elif launcher:
+        launch(line, Path.cwd(), flags)
+    else:
+        assert line.startswith("fastclr "), f"what is {line}?"
+        assert commands.main([*words, *flags]) == 0, line
+
+
+def check_launch(line: str, words: list[str], flags: list[str]) -> None:
+    """Train by a launcher; a run that is there goes on from its last checkpoint but one."""
+    run_dir = Path(words[words.index("--run-dir") + 1])
+    for newest in sorted(run_dir.glob("checkpoints/step-*"))[-1:]:
+        shutil.rmtree(newest)
+    before = len([*run_dir.glob("ledger/start-*-rank-00000.jsonl")])
+    num_ranks = launch(line, Path.cwd(), [*flags, "--checkpoint-every", "3"])
+    of_ranks = [file.read_text() for file in run_dir.glob(f"ledger/start-{before:04d}-rank-*")]
+    steps = [text.count('"ids"') for text in of_ranks]
+    assert steps == [3 if before else 6] * num_ranks, line
 
 
 def check_json(text: str) -> None:

@@ -51,7 +51,7 @@ SHORTENED = {
     "python benchmarks/peers.py": "python benchmarks/peers.py --sides 32 --parts loss optimizer "
     "--only lightly --calls 2 --out results/peers.jsonl",
     "python benchmarks/report.py": "python benchmarks/report.py --results results",
-    "make bench-check": "python benchmarks/check.py --help",
+    "make bench-check": f"{MAKE} bench-check FLAGS='--only LARS'",
     "make cifar10 MINUTES=24": f"{MAKE} cifar10 MINUTES=0.1 FLAGS='--global-batch-size 16'",
 }
 REPLACED = {"--minutes 10": "--minutes 0.1 --global-batch-size 16"}
@@ -80,7 +80,12 @@ def run(command, folder):
         ["bash", "-c", command], cwd=folder, env=environ, capture_output=True, text=True,
         timeout=400,
     )  # fmt: skip
-    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    said = f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    if "bench-check" in command:  # ratios of a machine busy with other tests may be worse
+        assert "triad / LARS, resnet50" in done.stdout
+        assert done.returncode == 0 or "1 of 1 lost over 25%" in done.stderr, said
+        return done
+    assert done.returncode == 0, said
     return done
 
 

@@ -1,4 +1,4 @@
-"""What the commands of the docs meet in a test: toy images, stores on loopback, SLURM's doubles.
+"""What the commands of the docs meet in a test: toy images and stores on loopback.
 
 Commands run as they stand, but for :data:`INSTEAD` and the flags of :data:`SHORT` behind them.
 """
@@ -8,12 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import os
 import re
 import shlex
-import socket
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,20 +47,6 @@ INSTEAD = {
     "/shared/": "",
     "/scratch/": "scratch/",
     "=29500": "=$FREE_PORT",
-}
-
-FAKES = {
-    "fastclr": f'exec {sys.executable} -m fastclr "$@"',
-    "scontrol": 'case $1 in show) echo 127.0.0.1;; *) echo "$@" >> scontrol.txt;; esac',
-    # As srun does it: a task's own variables, and the highest exit code of all.
-    "srun": """\
-while case $1 in --*) true;; *) false;; esac; do shift; done
-tasks= code=0
-for task in 0 1; do
-  SLURM_PROCID=$task SLURM_LOCALID=0 SLURM_NTASKS=2 SLURM_NNODES=2 "$@" & tasks="$tasks $!"
-done
-for task in $tasks; do wait $task; found=$?; [ $found -gt $code ] && code=$found; done
-exit $code""",
 }
 
 
@@ -129,26 +111,3 @@ def small_data_sets() -> Iterator[None]:
 def with_toy_flags(script: str) -> str:
     """Return a script whose training has a toy's flags."""
     return re.sub(r"^(exec fastclr train .*)$", rf"\1 {shlex.join(TRAIN)}", script, flags=re.M)
-
-
-def run_batch(script: str, folder: Path, code: int = 0) -> None:
-    """Run a batch script, whose exit code is to be ``code``, where SLURM's programs are doubles."""
-    programs = folder / "bin"
-    programs.mkdir(exist_ok=True)
-    for name, text in FAKES.items():
-        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
-        (programs / name).chmod(0o755)
-    (folder / "job.sh").write_text(script)
-    gone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environ = {name: value for name, value in os.environ.items() if name not in gone}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        environ["FREE_PORT"] = str(free.getsockname()[1])
-    environ |= {
-        "PATH": f"{programs}:{environ['PATH']}", "PYTHONPATH": str(ROOT),
-        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-1]",
-    }  # fmt: skip
-    done = subprocess.run(
-        ["bash", "job.sh"], cwd=folder, env=environ, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, done.stdout + done.stderr

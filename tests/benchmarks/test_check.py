@@ -124,3 +124,12 @@ def test_the_guards_name_what_the_long_runs_name(script: ModuleType) -> None:
     found = script.run_lars(Path("unused"))
     assert found.keys() <= script.checked_in(FOLDER / "results").keys()
     assert 0.05 < found[script.LARS] < 5
+
+
+def test_one_part_alone(script: ModuleType, monkeypatch, capsys, tmp_path: Path) -> None:
+    guards = {"that": lambda _: {script.TRAINER: 0.9}, "never": lambda _: 1 / 0}
+    monkeypatch.setattr(script, "GUARDS", guards)
+    script.main(only=("that",), results=planted(tmp_path))
+    assert script.TRAINER in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"no part \['thta'\]: give of \['that', 'never'\]"):
+        script.main(only=("thta",), results=tmp_path)
