@@ -14,6 +14,7 @@ import pytest
 import timm
 import timm.data
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -155,7 +156,6 @@ def test_a_vision_transformer(vit, tmp_path, to):
 
 
 def test_torchvisions_own_constructor_takes_it_strictly(tmp_path):
-    torchvision = pytest.importorskip("torchvision")
     run = make_run(tmp_path / "run", EncoderConfig("resnet18"), size=64)
     export.export_run(run, "torchvision", tmp_path / "out")
     model = torchvision.models.resnet18(weights=None)

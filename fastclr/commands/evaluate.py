@@ -6,8 +6,9 @@ Any number of ranks, by any launcher: ``deepspeed --module fastclr evaluate ...`
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,10 +24,12 @@ Name = Literal[
     "quick", "ridge", "knn", "linear-lbfgs", "linear-sgd", "linear-joint", "semi-1", "semi-10",
     "layers", "forgetting", "pictures", "finetune", "transfer", "all",
 ]  # fmt: skip
+# torchrun takes a --run behind the script for its own, and fails.
+_Run = Annotated[Path, tyro.conf.arg(aliases=("--run-dir",))]
 
 
 def evaluate(
-    run: Path,
+    run: _Run,
     train: str,
     test: str,
     protocol: tuple[Name, ...] = ("quick",),

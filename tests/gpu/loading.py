@@ -42,8 +42,6 @@ def expected(photos):
 
 @pytest.mark.parametrize("backend", ["threads", "kornia", "triton", "dali"])
 def test_views_are_those_of_the_reference(backend, photos, expected):
-    if backend == "dali":
-        pytest.importorskip("nvidia.dali")
     found = batches(photos.train, backend, GPU)
     differences = []
     for one, other in zip(found, expected, strict=True):
@@ -62,8 +60,6 @@ def test_views_are_those_of_the_reference(backend, photos, expected):
 
 @pytest.mark.parametrize("backend", ["kornia", "triton", "dali"])
 def test_a_loader_goes_on_where_it_stood(backend, photos):
-    if backend == "dali":
-        pytest.importorskip("nvidia.dali")
     whole, rest = (batches(photos.train, backend, GPU, skip) for skip in (0, 5))
     for one, other in zip(whole[5:], rest, strict=True):
         assert one.sample_id_B.tolist() == other.sample_id_B.tolist()

@@ -80,8 +80,6 @@ def test_losses_are_those_of_a_cpu(case, train, on_cpu, tmp_path):
 
 @pytest.mark.parametrize("backend", ["kornia", "triton", "dali"])
 def test_other_back_ends_train_alike(backend, train, on_cpu, tmp_path):
-    if backend == "dali":
-        pytest.importorskip("nvidia.dali")
     found = train(tmp_path / "gpu", {}, *PLAIN, "--data.backend", backend)
     worst = max(abs(found[step] - on_cpu[step]) for step in STEPS)
     print(f"{backend}: losses of 20 steps differ from the CPU's by {worst:.1e} at most")

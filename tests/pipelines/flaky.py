@@ -166,7 +166,7 @@ def flaky(
 
 def self_signed(file: Path) -> Path:
     """Write a key and a certificate for 127.0.0.1."""
-    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -190,9 +190,9 @@ def self_signed(file: Path) -> Path:
 @contextlib.contextmanager
 def flaky_s3(bucket: str, secret: str = "secret") -> Iterator[Flaky]:
     """Run moto's S3 server behind a faulty proxy; the environment points to it."""
-    server = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    moto = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    from moto.server import ThreadedMotoServer  # here: it takes seconds
+
+    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
     with flaky(moto.get_host_and_port()) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url(""))

@@ -16,11 +16,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from PIL import Image
-
-pytest.importorskip("nvidia.dali")
-
 from nvidia.dali.pipeline import Pipeline
+from PIL import Image
 
 from fastclr.config import ConfigError
 from fastclr.world import World

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import wds2idx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -45,7 +46,8 @@ def test_any_number_of_processes(
 
 @pytest.mark.slow
 def test_ray(many: Path, many_packed: dict[str, bytes], target: Path) -> None:
-    ray = pytest.importorskip("ray")
+    import ray  # here: it takes seconds
+
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         assert files_of(packing(many, target, executor="ray").out) == many_packed
@@ -322,7 +324,6 @@ def test_statistics_of_large_plain_images(
 
 
 def test_dali_index_is_that_of_wds2idx(shard_set: ShardSet, tmp_path: Path) -> None:
-    wds2idx = pytest.importorskip("wds2idx")
     for tar in sorted(shard_set.path.glob("*.tar")):
         with wds2idx.IndexCreator(str(tar), str(tmp_path / "x.idx"), verbose=False) as creator:
             creator.create_index()
