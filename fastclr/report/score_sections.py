@@ -16,13 +16,13 @@ def section(entries: dict[str, Any]) -> Markup:
     Raises:
         ConfigError: If an entry is none of a protocol.
     """
-    table = template.table(("protocol", "score", "%", "minutes"), score_sheet.lines(entries))
+    table = template.table(("protocol", "score", "%", "min"), score_sheet.lines(entries))
     minutes = sum(entry["minutes"] for entry in entries.values())
     return fill(
         templates.PROTOCOLS,
         table=table,
         total=f"{minutes:.1f}",
-        others=Markup(f"<div>{_layers(entries)}{_forgetting(entries)}</div>"),
+        others=Markup(f"<div class=\"stack\">{_layers(entries)}{_forgetting(entries)}</div>"),
     )
 
 

@@ -96,6 +96,9 @@ figcaption { color: var(--muted); }
 .card.lead b { color: var(--first); }
 .pair { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); }
 .pair > * { margin: 0; padding: 18px; min-width: 0; }
+.pair > .stack { display: grid; gap: 16px; align-content: start; padding: 0; }
+.stack > * { padding: 18px; min-width: 0; }
+.stack h3 { margin-top: 0; }
 figcaption { font-size: .88rem; line-height: 1.5; margin-top: 10px; }
 .chart { display: block; width: 100%; height: auto; }
 .chart * { stroke-linejoin: round; stroke-linecap: butt; }
@@ -132,6 +135,8 @@ summary { cursor: pointer; padding: 14px 0; font-weight: 600; }
 details > :last-child { margin-bottom: 18px; }
 details table { font-size: .86rem; }
 details th { width: 50%; color: var(--muted); }
+.scroll { overflow-x: auto; }
+.scroll th, .scroll td { overflow-wrap: break-word; }
 .wide { padding: 4px 18px; overflow-x: auto; }
 .wide td:not(:last-child), .wide thead th { white-space: nowrap; }
 .wide tbody th { min-width: 9rem; }

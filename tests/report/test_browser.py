@@ -132,8 +132,9 @@ def with_pictures(report, pictures, tmp_path_factory) -> Path:
     shutil.copytree(report.parent, run_dir)
     picture_file.save(run_dir, pictures)
     scores = json.loads((run_dir / "scores.json").read_text())
-    entry = {"scores": {"top1": 0.5}, "minutes": 1.5}
-    write(run_dir / "scores.json", **scores, protocols={"ridge": entry, "knn": entry})
+    entry = {"scores": {"original or noise, projection_head.fc2": 0.5}, "minutes": 1.5}
+    names = ("ridge", "knn", "transfer/demo/random_init")
+    write(run_dir / "scores.json", **scores, protocols=dict.fromkeys(names, entry))
     return write_report(run_dir)
 
 
@@ -292,3 +293,15 @@ def test_pictures_fit_a_phone(browser, with_pictures):
     browser.resize(380)
     browser.console_errors(with_pictures)
     assert browser.run("return document.documentElement.scrollWidth") <= 380
+
+
+def test_scores_are_whole_and_on_one_line(browser, wide, with_pictures):
+    browser.console_errors(with_pictures)
+    table = "[...document.querySelectorAll('.scroll')].find(t => t.innerText.startsWith('proto'))"
+    hidden, lines = browser.run(
+        f"const table = {table}, range = document.createRange();"
+        "const cells = [...table.querySelectorAll('td:nth-child(n + 3)')];"
+        "return [table.scrollWidth - table.clientWidth,"
+        "  cells.map(c => { range.selectNodeContents(c); return range.getClientRects().length; })]"
+    )
+    assert hidden == 0 and lines == [1] * 6
