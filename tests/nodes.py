@@ -61,8 +61,8 @@ def launch(line: str, folder: Path, flags: list[str]) -> int:
     launcher, port = line.split()[0], free_port()
     line = re.sub(r" --master.port \d+", "", line)
     line = re.sub(r"(--master.addr) node0", r"\1 127.0.0.1", line)
-    each = "1" if "--nnodes" in line else "2"
-    line = re.sub(r"(--num_accelerators|--nproc-per-node) 8", rf"\1 {each}", line)
+    on_each = 1 if "--nnodes" in line else 2
+    line = re.sub(r"(--num_accelerators|--nproc-per-node) 8", rf"\1 {on_each}", line)
     num_ranks = 1 if "--nproc-per-node 4" in line else 2
     line = line.replace("--nproc-per-node 4", "--nproc-per-node 1")
     flag = "--master_port" if launcher == "deepspeed" else "--master-port"

@@ -34,6 +34,7 @@ STYLE = """
 .confusion .cell { fill: var(--first); }
 .confusion .frame { fill: none; stroke: var(--line); }
 .scroll { overflow-x: auto; }
+.scroll th, .scroll td { overflow-wrap: break-word; }
 """
 
 # The nearest dot to the pointer is shown with its image, in all maps at once.

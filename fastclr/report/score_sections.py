@@ -22,7 +22,7 @@ def section(entries: dict[str, Any]) -> Markup:
         templates.PROTOCOLS,
         table=table,
         total=f"{minutes:.1f}",
-        others=Markup(f"<div class=\"stack\">{_layers(entries)}{_forgetting(entries)}</div>"),
+        others=Markup(f'<div class="stack">{_layers(entries)}{_forgetting(entries)}</div>'),
     )
 
 

@@ -135,8 +135,6 @@ summary { cursor: pointer; padding: 14px 0; font-weight: 600; }
 details > :last-child { margin-bottom: 18px; }
 details table { font-size: .86rem; }
 details th { width: 50%; color: var(--muted); }
-.scroll { overflow-x: auto; }
-.scroll th, .scroll td { overflow-wrap: break-word; }
 .wide { padding: 4px 18px; overflow-x: auto; }
 .wide td:not(:last-child), .wide thead th { white-space: nowrap; }
 .wide tbody th { min-width: 9rem; }
