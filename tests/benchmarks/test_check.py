@@ -131,5 +131,5 @@ def test_one_part_alone(script: ModuleType, monkeypatch, capsys, tmp_path: Path)
     monkeypatch.setattr(script, "GUARDS", guards)
     script.main(only=("that",), results=planted(tmp_path))
     assert script.TRAINER in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"no part \['thta'\]: give of \['that', 'never'\]"):
-        script.main(only=("thta",), results=tmp_path)
+    with pytest.raises(SystemExit, match=r"no part \['other'\]: give of \['that', 'never'\]"):
+        script.main(only=("other",), results=tmp_path)
