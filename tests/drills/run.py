@@ -5,9 +5,10 @@ python tests/drills/run.py [--tier P] [--only A1,C3] [--seed 0] [--out FOLDER]
 Tier P is for every change, L for a release: more kills, flips and cuts. One line a drill: name,
 seed, cells that passed of all, seconds, the slowest cell, what was seen. Each is a process of its
 own under a hard limit that fails it instead of waiting; what it leaves running is killed and fails
-it too. The exit code is 1 if one fails. With --out the results are written there, ``drills.md`` and
-``drills.jsonl``. Traffic stays on loopback or in network namespaces; some drills need root, strace
-or the like, and are left out with the reason where that is missing.
+it too. The exit code is 1 if one fails. With --out each result is added to ``drills.jsonl`` and
+``drills.md`` there, in the place of an older one of its drill. Traffic stays on loopback or in
+network namespaces; some drills need root, strace or the like, and are left out with the reason
+where that is missing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import a_checkpoints
@@ -36,15 +36,11 @@ import f_numbers
 import g_resources
 import h_security
 import psutil
-from drill import ROOT, Cells, Drill, Skipped
+from drill import Cells, Drill, Skipped
 from forks import small_data
+from results import Result, add
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from fastclr.facts import hardware, now, versions
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from harness import measurement, write_rows
 
 GROUPS = (
     a_checkpoints, a_saves, b_data, c_damage, d_storage, e_ranks, e_neighbours, f_numbers,
@@ -52,44 +48,6 @@ GROUPS = (
 )  # fmt: skip
 DRILLS: dict[str, Drill] = {name: drill for group in GROUPS for name, drill in group.DRILLS.items()}
 _SUBREAPER = 36  # prctl: orphans become children of this process, not of init
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of a drill.
-
-    Attributes:
-        name: A1, ...
-        seed: Of all that was drawn.
-        num_cells: Cells tried.
-        num_failed: Cells that did not pass.
-        failures: What went wrong, a line each, of the first ones.
-        seconds: All in all.
-        slowest: Longest cell.
-        seen: What was seen.
-        skipped: Why it could not be run, or "".
-    """
-
-    name: str
-    seed: int
-    num_cells: int
-    num_failed: int
-    failures: list[str]
-    seconds: float
-    slowest: float
-    seen: str
-    skipped: str = ""
-
-    @property
-    def line(self) -> str:
-        """One line for people."""
-        if self.skipped:
-            return f"{self.name:4} skipped: {self.skipped}"
-        passed = max(0, self.num_cells - self.num_failed)
-        verdict = "FAILED, " if self.failures else ""
-        text = f"{self.name:4} {verdict}seed {self.seed}: {passed} of {self.num_cells} cells, "
-        text += f"{self.seconds:.1f} s (slowest {self.slowest:.1f} s): {DRILLS[self.name].what}"
-        return text + (f" [{self.seen}]" if self.seen else "")
 
 
 def run(name: str, base: Path, seed: int, is_long: bool) -> Result:
@@ -190,53 +148,15 @@ def progress(count: int) -> Iterator[Progress]:
         yield bar
 
 
-def write_results(
-    folder: Path, results: list[Result], tier: str, only: str, seconds: float
-) -> None:
-    """Write the table and its rows."""
-    sizes = {r.name: {"cells": r.num_cells, "passed": r.num_cells - r.num_failed,
-                      "seed": r.seed, "tier": tier} for r in results}  # fmt: skip
-    done = [r for r in results if not r.skipped]
-    rows = [measurement("drill", r.name, [r.seconds], sizes=sizes[r.name]) for r in done]
-    write_rows(folder / "drills.jsonl", rows)
-    cells = sum(r.num_cells for r in results)
-    failed = [r.name for r in results if r.failures]
-    facts, of = hardware("cpu"), versions()
-    lines = [
-        "# Drills",
-        "",
-        f"`python tests/drills/run.py --tier {tier}{f' --only {only}' if only else ''} --out "
-        f"benchmarks/results` on {now()}, commit "
-        f"`{rows[0]['commit']}`{' (with changes)' if rows[0]['dirty'] else ''}: "
-        f"{len(done)} drills, "
-        f"{cells} cells, {len(failed)} drills failed{': ' + ', '.join(failed) if failed else ''}, "
-        f"{seconds / 60:.0f} minutes.",
-        "",
-        f"{facts['processor']}, {facts['cores']} cores; torch {of.get('torch')}, "
-        f"deepspeed {of.get('deepspeed')}.",
-        "",
-        "| drill | what passing means | seed | passed | seconds | slowest cell | seen |",
-        "|---|---|---:|---:|---:|---:|---|",
-    ]
-    for r in results:
-        passed = f"{max(0, r.num_cells - r.num_failed)} of {r.num_cells}"
-        seen = r.skipped and f"not run: {r.skipped}"
-        seen = seen or "; ".join([*(f.splitlines()[0][:200] for f in r.failures), r.seen])
-        lines.append(
-            f"| {r.name} | {DRILLS[r.name].what} | {r.seed} | {passed} | {r.seconds:.1f} | "
-            f"{r.slowest:.1f} | {seen.strip('; ').replace('|', '/')} |"
-        )
-    lines += ["", "Not tried: NCCL, GPUs, real S3, real SLURM, a real loss of power."]
-    (folder / "drills.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def main() -> int:
     """Parse the flags and run."""
     parser = argparse.ArgumentParser(description="Break everything; see that it ends well.")
     parser.add_argument("--tier", choices=("P", "L"), default="P", help="how much (default: P)")
     parser.add_argument("--only", default="", help="names of drills, A1,C3 (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
-    parser.add_argument("--out", type=Path, help="folder for drills.md and drills.jsonl")
+    parser.add_argument(
+        "--out", type=Path, help="folder whose drills.md and drills.jsonl the results are added to"
+    )
     args = parser.parse_args()
     wanted = [name for name in args.only.split(",") if name]
     if unknown := sorted(set(wanted) - set(DRILLS)):
@@ -250,7 +170,11 @@ def main() -> int:
             bar.update(bar.task_ids[0], description=name, refresh=True)
             result = run(name, base, args.seed, is_long)
             results.append(result)
-            bar.console.print(result.line, markup=False, highlight=False, soft_wrap=True)
+            if args.out:
+                add(args.out, result, args.tier, {n: d.what for n, d in DRILLS.items()})
+            bar.console.print(
+                result.line(DRILLS[name].what), markup=False, highlight=False, soft_wrap=True
+            )
             for failure in result.failures:
                 bar.console.print(f"     {failure}", markup=False, highlight=False, soft_wrap=True)
             bar.advance(bar.task_ids[0])
@@ -262,8 +186,6 @@ def main() -> int:
         f"{', skipped: ' * bool([r for r in results if r.skipped])}"
         f"{', '.join(r.name for r in results if r.skipped)}"
     )
-    if args.out:
-        write_results(args.out, results, args.tier, args.only, seconds)
     return 1 if failed else 0
 
 
