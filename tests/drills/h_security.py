@@ -344,7 +344,15 @@ def static_gate(cells: Cells) -> None:
     """H7: the gate of `make check` is red on each planted example; floors; folders of others."""
     for rule, code in PLANTED.items():
         with cells.cell(rule):
-            command = ["ruff", "check", "--no-cache", "--output-format", "concise"]
+            command = [
+                sys.executable,
+                "-m",
+                "ruff",
+                "check",
+                "--no-cache",
+                "--output-format",
+                "concise",
+            ]
             command += ["--stdin-filename", "fastclr/planted.py", "-"]
             done = subprocess.run(command, cwd=ROOT, input=code, capture_output=True, text=True)
             assert done.returncode == 1 and rule in done.stdout, done.stdout + done.stderr
