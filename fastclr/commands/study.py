@@ -69,8 +69,11 @@ def study(
         results = out / "results"
         found = STUDIES[chosen]
         if only_report:
-            (results / chosen / scale).mkdir(parents=True, exist_ok=True)
             rows = rows_of(found, size, images.facts, results, seeds)
+            if not rows:
+                print(f"{chosen} is left out: none of its runs is done", flush=True)
+                continue
+            (results / chosen / scale).mkdir(parents=True, exist_ok=True)
         else:
             rows = run_study(
                 chosen,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from pipelines.memory import InMemory
 from pipelines.order import BlockOrder, Int64
 
 _MOST_IN_MEMORY = 100_000  # images; above, runs decode them each time
+_MOST_HASHED = 10_000
 _BLOCK = 256
 
 Batches: TypeAlias = Iterator[tuple[torch.Tensor, torch.Tensor]]
@@ -37,7 +39,18 @@ class First:
 
     def __init__(self, image_set: DataSet, num_images: int) -> None:
         self._set, self._num_images = image_set, num_images
-        self.digest = f"{image_set.digest}:{num_images}"
+        self.digest = self._digest()
+
+    def _digest(self) -> str:
+        """Hash what rows depend on: all labels, and the bytes of :data:`_MOST_HASHED` images.
+
+        A manifest's hash would be another after every packing that is worded otherwise, and rows of
+        the same images would be made anew.
+        """
+        digest = hashlib.sha256(self.labels(np.arange(len(self))).tobytes())
+        for place in np.linspace(0, len(self) - 1, min(len(self), _MOST_HASHED)):
+            digest.update(hashlib.sha256(self.read(int(place))).digest())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self._num_images

@@ -84,12 +84,14 @@ def test_a_study_stops_at_a_signal_and_goes_on(study, data, tmp_path, capsys):
 
 
 def test_a_report_is_made_of_the_rows_there_are(study, data, tmp_path, capsys):
-    study("all", "toy", 1, data, tmp_path, tmp_path / "work", only_report=True)
-    assert "Losses" in (tmp_path / "RESULTS.md").read_text()
-    assert "transfer is left out" in capsys.readouterr().out
-    assert not (tmp_path / "results/transfer").exists()
-    found = json.loads((tmp_path / "results/losses/toy/study.json").read_text())
-    assert (found["done"], found["runs"]) == (0, 11)
+    study("color_histogram", "toy", 1, data, tmp_path, tmp_path / "work")
+    study("all", "toy", 2, data, tmp_path, tmp_path / "work", only_report=True)
+    assert "The colour shortcut" in (tmp_path / "RESULTS.md").read_text()
+    said = capsys.readouterr().out
+    assert "transfer is left out" in said and "losses is left out: none of its runs is" in said
+    assert [p.name for p in (tmp_path / "results").iterdir()] == ["color_histogram"]
+    found = json.loads((tmp_path / "results/color_histogram/toy/study.json").read_text())
+    assert (found["done"], found["runs"]) == (2, 4)
 
 
 @pytest.mark.parametrize(

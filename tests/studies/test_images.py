@@ -12,6 +12,7 @@ from fastclr.config import ConfigError, DataConfig
 from fastclr.data_sets import open_data
 from fastclr.studies.images import First, open_images, with_target
 from fastclr.studies.scales import TOY
+from pipelines.writer import write_shards
 
 
 def test_only_the_first_images_are_there(toy, images):
@@ -27,6 +28,17 @@ def test_only_the_first_images_are_there(toy, images):
 def test_the_number_of_images_is_a_part_of_what_they_are(toy):
     whole = open_data(str(toy.train), DataConfig())
     assert First(whole, 96).digest != First(whole, 64).digest != whole.digest
+
+
+def test_how_they_were_packed_is_not(toy, images, tmp_path):
+    source = toy.train.parent / "images"
+    for split in ("train", "test"):
+        write_shards(source / split, tmp_path / split, samples_per_shard=50)
+    again = open_images(str(tmp_path / "train"), str(tmp_path / "test"), TOY)
+    assert again.facts == images.facts
+    write_shards(source / "train", tmp_path / "other", seed=1)
+    other = open_images(str(tmp_path / "other"), str(tmp_path / "test"), TOY)
+    assert other.facts["train"] != images.facts["train"]
 
 
 def test_batches_are_all_images_in_order(images):
