@@ -40,10 +40,12 @@ def read_studies(results: Path) -> list[JSON]:
     studies = []
     for file in sorted(results.glob("*/*/study.json")):
         try:
-            studies.append(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
+            study = json.loads(file.read_text(encoding="utf-8"))
+            study["seconds"], study["verdicts"]  # older ones lack the first
+            studies.append(study)
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{file} is damaged ({error}): delete it and start its study again, which makes it "
+                f"{file} is damaged, or of another version ({error!r}): delete it and start its study again, which makes it "
                 "from the rows."
             ) from error
     scales, names = ("pilot", "small", "cifar10", "paper", "toy"), list(STUDIES)
@@ -74,13 +76,13 @@ def markdown(studies: list[JSON]) -> str:
 
 def html(studies: list[JSON]) -> str:
     """Return all studies as one page."""
-    done = sum(study["done"] for study in studies)
-    hours = sum(study["hours"] for study in studies)
+    shared = {digest: s for study in studies for digest, s in study["seconds"].items()}
+    what = f"{len(studies)} studies, {len(shared)} runs, {_hours(shared):.1f} hours."
     sections = [
         template.fill(
             template.STUDIES_HEADER,
             title="The experiments of the literature",
-            summary=f"{INTRODUCTION} {len(studies)} studies, {done} runs, {hours:.1f} hours.",
+            summary=f"{INTRODUCTION} {what}",
             rule=RULE,
         )
     ]
@@ -147,12 +149,17 @@ def _claims(study: JSON) -> list[list[str]]:
     return lines
 
 
+def _hours(seconds: JSON) -> float:
+    """Return the hours of runs; one that several studies share is done once."""
+    return sum(seconds.values()) / 3600
+
+
 def _provenance(study: JSON) -> str:
     """Say where a study's numbers are from."""
     images = study["images"]
     return (
         f"Source: {study['source']} {study['done']} of {study['runs']} runs, "
-        f"{study['hours']:.1f} hours on {'; '.join(study['hardware']) or 'nothing yet'}, "
+        f"{_hours(study['seconds']):.1f} hours on {'; '.join(study['hardware']) or 'nothing yet'}, "
         f"{' and '.join(study['measured'])}; {images['num_train']} training and "
         f"{images['num_test']} test images of {images['name']}; accuracies in per cent. "
         f"{study['protocol']}"

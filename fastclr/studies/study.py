@@ -143,9 +143,13 @@ class Run:
         return json.loads(json.dumps({**what, "variant": variant}))
 
     def digest(self, data: Mapping[str, Any]) -> str:
-        """Return 16 hexadecimal digits of the sha256 of :meth:`key`."""
-        text = json.dumps(self.key(data), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Return the :func:`digest_of` :meth:`key`."""
+        return digest_of(self.key(data))
+
+
+def digest_of(key: JSON) -> str:
+    """Return 16 hexadecimal digits of the sha256 of a run's key."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

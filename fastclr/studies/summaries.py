@@ -10,7 +10,7 @@ from fastclr.evaluation import finetune, transfer
 from fastclr.studies import spaces
 from fastclr.studies.scales import Scale
 from fastclr.studies.scoring import PROTOCOL
-from fastclr.studies.study import Study, is_fraction
+from fastclr.studies.study import Study, digest_of, is_fraction
 from fastclr.studies.verdicts import judge, summarise, value_at
 
 JSON = dict[str, Any]
@@ -97,7 +97,7 @@ def summary(
             }
             for v in verdicts
         ],
-        "hours": sum(row["seconds"] for row in rows) / 3600,
+        "seconds": {digest_of(row["key"]): row["seconds"] for row in rows},
         "measured": sorted({row["measured"][:10] for row in rows}),
         "hardware": sorted({_machine(row) for row in rows}),
         "command": f"fastclr study {name} --scale {scale_name} --seeds {num_seeds}"

@@ -34,8 +34,8 @@ def made(num_seeds=3, name="heads", figure="bars", **arms):
     )
     rows = [
         {
-            "arm": arm, "seed": seed, "seconds": 36.0, "measured": "2026-01-01T00:00:00",
-            "threads": 1, "hardware": {"device": "cpu", "processor": "Example CPU"},
+            "key": [arm, seed], "arm": arm, "seed": seed, "seconds": 36.0, "threads": 1,
+            "measured": "2026-01-01T00:00:00", "hardware": {"device": "cpu", "processor": "Example CPU"},
             "scores": {"h": {"linear": h + seed / 100}, "z": {"linear": h - 0.1}},
         }
         for arm, h in arms.items()
@@ -51,7 +51,7 @@ def test_a_summary_has_means_errors_and_verdicts():
     ]  # fmt: skip
     assert found["verdicts"][0]["verdict"] == "holds"
     assert found["verdicts"][0]["difference"] == pytest.approx(0.1)
-    assert found["hours"] == pytest.approx(0.06)
+    assert len(found["seconds"]) == 6 and set(found["seconds"].values()) == {36.0}
     assert found["hardware"] == ["Example CPU, 1 thread"]
     assert (found["done"], found["runs"]) == (6, 6)
 
@@ -63,6 +63,11 @@ def test_markdown_shows_tables_published_numbers_and_verdicts():
     assert "| +10.0 ± 0.0 | 3 | holds |" in text
     assert "results/heads/toy/figure.svg" in text
     assert "6 of 6 runs, 0.1 hours on Example CPU, 1 thread, 2026-01-01" in text
+
+
+def test_a_run_that_studies_share_is_counted_once():
+    page = html([made(), made(name="losses"), made(2, name="temperature", c=0.2)])
+    assert "3 studies, 8 runs, 0.1 hours." in page
 
 
 def test_a_study_without_a_run_has_no_figure_and_no_number(tmp_path):
@@ -92,10 +97,11 @@ def test_pages_are_of_all_studies_in_their_order(tmp_path):
         assert "gone" not in text
 
 
-def test_a_damaged_study_is_refused(tmp_path):
+@pytest.mark.parametrize("text", ["{", "[]", '{"hours": 1.0}'])
+def test_a_damaged_study_is_refused(tmp_path, text):
     folder = tmp_path / "results" / "heads" / "toy"
     folder.mkdir(parents=True)
-    (folder / "study.json").write_text("{")
+    (folder / "study.json").write_text(text)
     with pytest.raises(ConfigError, match=r"is damaged.*makes it from the rows"):
         read_studies(tmp_path / "results")
 
@@ -134,6 +140,7 @@ def pictured(num_seeds=1, name="head_spectrum", figure="spaces", pictures=SPACES
         {
             **row,
             "seed": seed,
+            "key": seed,
             "scores": {"h": {"linear": 0.5}, "pictures": {**pictures, "seed": seed}},
         }
         for seed in range(num_seeds)
