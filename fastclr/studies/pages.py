@@ -45,8 +45,8 @@ def read_studies(results: Path) -> list[JSON]:
             studies.append(study)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{file} is damaged, or of another version ({error!r}): delete it and start its study again, which makes it "
-                "from the rows."
+                f"{file} is damaged, or of another version ({error!r}): delete it and start its "
+                "study again, which makes it from the rows."
             ) from error
     scales, names = ("pilot", "small", "cifar10", "paper", "toy"), list(STUDIES)
     known = [study for study in studies if study["name"] in names]

@@ -35,7 +35,8 @@ def made(num_seeds=3, name="heads", figure="bars", **arms):
     rows = [
         {
             "key": [arm, seed], "arm": arm, "seed": seed, "seconds": 36.0, "threads": 1,
-            "measured": "2026-01-01T00:00:00", "hardware": {"device": "cpu", "processor": "Example CPU"},
+            "measured": "2026-01-01T00:00:00",
+            "hardware": {"device": "cpu", "processor": "Example CPU"},
             "scores": {"h": {"linear": h + seed / 100}, "z": {"linear": h - 0.1}},
         }
         for arm, h in arms.items()
