@@ -9,7 +9,9 @@
 
 "$@" &
 training=$!
-trap 'kill -USR1 $training 2>/dev/null' TERM USR1 USR2
+for name in TERM USR1 USR2; do
+    trap "kill -$name $training 2>/dev/null" $name
+done
 wait $training
 code=$?
 while [ $code -gt 128 ] && kill -0 $training 2>/dev/null; do # a signal ended the wait alone
