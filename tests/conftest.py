@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from tests.starts import LAUNCHER, ROOT, Started
 
 # Triton's interpreter is how its kernels run on a CPU; it is chosen when they are first imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# A script's `make test &` has interrupts ignored, and so would what tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # `make test` has a worker a core; threads of one would only take turns with another's.
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IS_WORKER:
