@@ -282,7 +282,8 @@ class Packing:
             f"{num_rejected} of {plan.num_images} files cannot be used, so nothing was written:\n"
             + "\n".join(f"  {source} {reason}" for source, reason in named)
             + more
-            + "\nRemove or repair them and run again, or leave them out with --max-rejected."
+            + "\nRemove or repair them and run again, or leave them out: fastclr shards "
+            "--max-rejected."
         )
 
     def _published(self) -> Summary | None:

@@ -12,7 +12,7 @@ from sklearn.manifold import TSNE
 
 from fastclr.config import ConfigError
 
-_MIN_POINTS = 4
+MIN_POINTS = 4
 _PCA_DIMS = 50
 _MAX_PERPLEXITY, _MAX_NEIGHBOURS = 30.0, 15
 
@@ -131,11 +131,11 @@ def _checked(features_XF: np.ndarray, max_points: int) -> np.ndarray:
             "with at least 2 columns. Pass an array of shape (images, representation width)."
         )
     points_NF = features_XF[:max_points].astype(np.float64)
-    if len(points_NF) < _MIN_POINTS:
+    if len(points_NF) < MIN_POINTS:
         raise ConfigError(
             f"a picture got {len(points_NF)} points: neighbourhoods mean nothing below "
-            f"{_MIN_POINTS}. Evaluate on at least {_MIN_POINTS} images (and max_points >= "
-            f"{_MIN_POINTS})."
+            f"{MIN_POINTS}. Evaluate on at least {MIN_POINTS} images (and max_points >= "
+            f"{MIN_POINTS})."
         )
     if not np.isfinite(points_NF).all():
         bad_row = int(np.flatnonzero(~np.isfinite(points_NF).all(axis=1))[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastclr.config import ConfigError
-from fastclr.evaluation.projection_2d import tsne
+from fastclr.evaluation.projection_2d import MIN_POINTS, tsne
 from fastclr.report import charts, template
 from fastclr.report.reading import REMEDY
 from fastclr.report.template import Markup, fill
@@ -17,11 +17,13 @@ _MAX_TSNE_POINTS = 1000
 
 
 def section(folder: Path, scores: Mapping | None, thumbnails: Sequence[np.ndarray]) -> Markup:
-    """Return t-SNE of h as thumbnails and as dots in class colours."""
+    """Return t-SNE of h as thumbnails and as dots in class colours, or why there is none."""
     if not (folder / "h_test.npy").exists():
         return fill(template.NO_TSNE)
     features_XF, label_X = _read_features(folder)
     num_rows = min(len(thumbnails) or len(label_X), len(label_X))
+    if num_rows < MIN_POINTS:
+        return fill(template.FEW_POINTS, num_points=str(num_rows), num_min=str(MIN_POINTS))
     # Test sets are often sorted by class: take rows from all over, not the first thousand.
     row_N = np.linspace(0, num_rows - 1, min(num_rows, _MAX_TSNE_POINTS)).round().astype(int)
     points_N2 = tsne(features_XF[row_N], max_points=_MAX_TSNE_POINTS)

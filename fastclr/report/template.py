@@ -292,6 +292,8 @@ LEGEND_ITEM = Template("""<li><i style="background:$color"></i>$name</li>""")
 NO_TSNE = Template("""<section><h2>t-SNE of the representation h</h2>
 <p>Needs the test features in the folder features of the run, which the evaluation above
 writes.</p></section>""")
+FEW_POINTS = Template("""<section><h2>t-SNE of the representation h</h2>
+<p>Is drawn of $num_min test images or more: there are $num_points.</p></section>""")
 
 PROVENANCE = Template("""<section><h2>How this run was made</h2>
 <div class="panel command"><pre>$command</pre><button type="button">Copy</button></div>

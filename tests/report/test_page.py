@@ -245,6 +245,14 @@ def test_pictures_take_the_place_of_the_quick_map(tmp_path, pictures):
         write_report(run_dir)
 
 
+def test_three_test_images_have_no_map(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    for name in ("h_test.npy", "label_test.npy"):
+        np.save(run_dir / "features" / name, np.load(run_dir / "features" / name)[:3])
+    html = write_report(run_dir).read_text()
+    assert "there are 3" in html and 'id="tsne"' not in html
+
+
 def write_online(folder: Path, num_rows: int, monitored: bool = True) -> list[dict]:
     """Write scores taken while training."""
     rows = [
