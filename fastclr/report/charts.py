@@ -166,11 +166,9 @@ def bars_chart(
     for index, (label, (mean_G, error_G)) in enumerate(series.items()):
         color = (_FIRST, _SECOND, _MUTED)[index]
         y_G = place_G + (index - (len(series) - 1) / 2) * height
-        bar_G, whisker_G = np.nan_to_num(mean_G), np.nan_to_num(error_G)
-        axes.barh(y_G, bar_G, 0.88 * height, color=color, label=label)
-        axes.errorbar(
-            bar_G, y_G, xerr=whisker_G, fmt="none", ecolor=_INK, elinewidth=1.2, capsize=2
-        )
+        axes.barh(y_G, np.nan_to_num(mean_G), 0.88 * height, color=color, label=label)
+        at_G = np.where(np.isnan(error_G), np.nan, mean_G)
+        axes.errorbar(at_G, y_G, xerr=error_G, fmt="none", ecolor=_INK, elinewidth=1.2, capsize=2)
     if reference is not None:
         axes.axvline(reference, color=_INK, linewidth=1.2, linestyle=":")
     axes.set_yticks(place_G, labels)

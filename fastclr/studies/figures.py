@@ -16,14 +16,29 @@ JSON = dict[str, Any]
 
 def _bars(study: JSON) -> Markup:
     """Draw a group of bars for each arm: means and standard errors."""
-    arms = [arm for arm in study["arms"] if any(cell[2] for cell in arm["values"].values())]
-    series = {}
-    for heading in study["drawn"]:
-        cells = [arm["values"][heading] for arm in arms]
-        series[heading] = tuple(
-            [math.nan if cell[k] is None else cell[k] for cell in cells] for k in (0, 1)
-        )
-    labels = [arm["name"] for arm in arms]
+    arms = _done(study)
+    series = {name: _numbers([arm["values"][name] for arm in arms]) for name in study["drawn"]}
+    return _chart(study, [arm["name"] for arm in arms], series)
+
+
+def _columns(study: JSON) -> Markup:
+    """Draw a group of bars for each column, one for each of at most three arms."""
+    drawn = study["drawn"]
+    series = {a["name"]: _numbers([a["values"][name] for name in drawn]) for a in _done(study)}
+    return _chart(study, drawn, series)
+
+
+def _done(study: JSON) -> list[JSON]:
+    """Return the arms that have runs."""
+    return [arm for arm in study["arms"] if any(cell[2] for cell in arm["values"].values())]
+
+
+def _numbers(cells: list[list[Any]]) -> tuple[list[float], ...]:
+    """Return the means and the standard errors of cells, NaN where there are none."""
+    return tuple([math.nan if cell[k] is None else cell[k] for cell in cells] for k in (0, 1))
+
+
+def _chart(study: JSON, labels: list[str], series: dict[str, Any]) -> Markup:
     return charts.bars_chart(_id(study), labels, series, x_label="accuracy on the test images")
 
 
@@ -67,6 +82,7 @@ _MEANS = "Mean and standard error over seeds of {}."
 # By kind: what draws it, and the caption, with the headings that are drawn.
 FIGURES: dict[str, tuple[Callable[[JSON], Markup], str]] = {
     "bars": (_bars, _MEANS),
+    "columns": (_columns, _MEANS),
     "grid": (_grid, _MEANS),
     "histograms": (
         _histograms,

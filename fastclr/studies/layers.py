@@ -65,5 +65,6 @@ STUDY = Study(
         RASTOGI: "from h to z 72.0, 69.6, 70.0, 72.8, 68.4, 64.4 (2021; ResNet-18, 5 classes of "
         "ImageNet, 250 test images: standard error 3; all but the 72.8 and the 64.4 read off bars)"
     },
-    drawn=("h", "relu1", "fc2"),
+    drawn=("h", "fc1", "relu1", "fc2", "relu2", "fc3"),
+    figure="columns",
 )

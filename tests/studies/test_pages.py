@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -123,6 +124,19 @@ def test_a_grid_is_drawn_on_both_sides_of_its_diagonal():
     drawn = made(3, "augmentations", "grid", **{"b": 0.2, "b + c": 0.3, "c": 0.4})
     chart = figure(drawn)
     assert [chart.count(f">{text}<") for text in ("21.0", "31.0", "41.0")] == [1, 2, 1]
+
+
+def test_columns_are_groups_of_an_arms_bars_and_bars_groups_of_a_column(monkeypatch):
+    monkeypatch.setattr(charts, "bars_chart", lambda _, labels, series, x_label: (labels, series))
+    study = made(3, **{"a": 0.5, "b": 0.4})
+    study["arms"][1]["values"]["z, linear"] = [None, None, 0]
+    labels, series = figure({**study, "figure": "columns"})
+    assert labels == ["h, linear", "z, linear"] and list(series) == ["a", "b"]
+    assert series["a"][0] == pytest.approx([0.51, 0.4])
+    assert series["b"][0] == pytest.approx([0.41, math.nan], nan_ok=True)
+    labels, series = figure(study)
+    assert labels == ["a", "b"] and list(series) == ["h, linear", "z, linear"]
+    assert series["h, linear"][0] == pytest.approx([0.51, 0.41])
 
 
 SPACES = {
