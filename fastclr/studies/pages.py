@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def read_studies(results: Path) -> list[JSON]:
     for file in sorted(results.glob("*/*/study.json")):
         try:
             study = json.loads(file.read_text(encoding="utf-8"))
-            study["seconds"], study["verdicts"]  # older ones lack the first
+            itemgetter("seconds", "verdicts")(study)  # older ones lack the first
             studies.append(study)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
