@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,10 @@ def _cell(cell: list[float | None], is_plain: bool) -> str:
 
 
 def _number(mean: float, error: float | None, is_plain: bool, sign: str = "") -> str:
-    """Say a number and its standard error."""
+    """Say a number and its standard error; small ones that are no fractions with two digits."""
     factor, digits = (1, 2) if is_plain else (100, 1)
+    if is_plain and 1e-6 < abs(mean) < 0.1:
+        digits = 1 - math.floor(math.log10(abs(mean)))
     text = f"{factor * mean:{sign}.{digits}f}"
     return text if error is None else f"{text} ± {factor * error:.{digits}f}"
 

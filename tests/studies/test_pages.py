@@ -72,6 +72,14 @@ def test_a_run_that_studies_share_is_counted_once():
     assert "3 studies, 8 runs, 0.1 hours." in page
 
 
+def test_small_numbers_keep_two_digits():
+    study = made()
+    for value, said in ((0.00061, "0.00061 ± 0.00001"), (-0.071, "-0.071 ± 0.000"), (0.0, "0.00")):
+        study["arms"][0]["values"]["h, linear"] = [value, 1e-5 if value else None, 3]
+        study["plain"] = ["h, linear"]
+        assert f"| {said} |" in markdown([study])
+
+
 def test_a_study_without_a_run_has_no_figure_and_no_number(tmp_path):
     empty = made(0)
     assert figure(empty) == ""
