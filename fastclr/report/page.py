@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from scipy.stats import binomtest
 
 from fastclr.evaluation import linear_joint, picture_file, ridge
 from fastclr.files import write_durably, write_json
@@ -151,8 +152,9 @@ def _scores(scores: Mapping) -> Markup:
     """Return the score table, the bar chart and the protocol."""
 
     def cell(value: float) -> str:
-        half_width = 1.96 * math.sqrt(max(0.0, value * (1 - value)) / scores["num_test"])
-        return f"{value:.1%} ± {100 * half_width:.1f}"
+        hits = binomtest(round(value * scores["num_test"]), scores["num_test"])
+        low, high = hits.proportion_ci(0.95, method="wilson")
+        return f"{value:.1%} ({100 * low:.1f} to {100 * high:.1f})"
 
     rows = [
         (encoder, cell(value["linear_top1"]), cell(value["knn_top1"]))

@@ -208,9 +208,9 @@ CARD = Template("""<div class="panel card $kind"><span>$label</span><b>$value</b
 SCORES = Template("""<section><h2>Scores of the representation h</h2>
 <div class="pair">
 <div class="panel">$table
-<p class="note">± is the 95% interval for $num_test test images. The encoder is frozen; the
-untrained encoder has the same architecture with random weights, and pixels uses no encoder: what
-training adds is the distance to both.</p>
+<p class="note">In brackets: Wilson's 95% interval for $num_test test images. The encoder is
+frozen; the untrained encoder has the same architecture with random weights, and pixels uses no
+encoder: what training adds is the distance to both.</p>
 <dl><dt>Linear</dt><dd>$linear</dd><dt>kNN</dt><dd>$knn</dd></dl></div>
 <figure class="panel">$chart
 <figcaption>Top-1 accuracy on the test images. Dotted: chance, $chance ($num_classes

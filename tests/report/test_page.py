@@ -189,6 +189,16 @@ def test_page_shows_the_numbers(finished):
     assert html.count('class="smooth"') == 1
 
 
+def test_few_test_images_leave_a_wide_interval(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    scores = json.loads((run_dir / "scores.json").read_text())
+    scores["num_test"] = 3
+    scores["scores"]["trained"]["linear_top1"] = 1.0
+    (run_dir / "scores.json").write_text(json.dumps(scores))
+    # Wilson (1927): with z = 1.96, three of three reach down to 3 / (3 + z²).
+    assert "100.0% (43.9 to 100.0)" in write_report(run_dir).read_text()
+
+
 @pytest.mark.parametrize("damaged", [None, 0, 1234])
 def test_replaced_images_are_told(tmp_path, damaged):
     run_dir = make_run(tmp_path / "run", evaluated=False)
