@@ -52,7 +52,7 @@ def a_long_run(cells: Cells) -> None:
     notes = [f"{STEPS} steps, {STEPS // SAVE_EVERY} saves, {slope:+.2f} MiB in 1,000"]
     half = len(after) // 2
     for column, name in ((2, "descriptors"), (3, "threads and children")):
-        # Medians: a save opens files and starts two threads, and a sample may fall into one.
+        # Medians: a save opens files and starts threads, and a sample may fall into one.
         before, later = np.median(after[:half, column]), np.median(after[half:, column])
         cells.check(f"{name}: {before:.0f}, then {later:.0f}", later <= before)
         notes.append(f"{later:.0f} {name}, at most {after[:, column].max():.0f}")
