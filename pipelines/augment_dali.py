@@ -21,8 +21,7 @@ DALI, which refuses wrong checksums. Where it raises, which ends its pipeline, t
 decoded by :func:`pipelines.decode.decode`, which either names the damaged ones or gives the pixels
 that DALI could not.
 
-On CUDA this has not been run yet: no machine with a GPU was at hand. The graph is the one that is
-tested on the CPU, with its crops.
+On CUDA the graph is the one that is tested on the CPU, with its crops; ``make gpu-check`` runs it.
 """
 
 from __future__ import annotations

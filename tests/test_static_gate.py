@@ -1,8 +1,10 @@
-"""What ruff's security rules, which `make check` runs, do not know."""
+"""What ruff's rules, which `make check` runs, do not know."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,14 @@ def test_the_gate_passes_what_is_safe():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_nothing_unpickles_objects_of_any_class(file):
     assert unsafe(file.read_text(encoding="utf-8")) == []
+
+
+def test_what_only_a_gpu_runs_can_be_imported():
+    """Pytest does not collect it here, so nobody would see a name that is gone."""
+    (files,) = re.findall(r"^GPU_TESTS = (.*?)\n\n", (ROOT / "Makefile").read_text(), re.M | re.S)
+    files = files.replace("\\", "").split()
+    assert len(files) > 3 and all((ROOT / file).is_file() for file in files)
+    gpu = [file for file in files if "/gpu/" in file]
+    assert len(gpu) == len(list((ROOT / "tests/gpu").glob("*.py"))) - 1  # and its conftest
+    for file in gpu:
+        importlib.import_module(file.removesuffix(".py").replace("/", "."))

@@ -77,19 +77,30 @@ def _time_and_memory(row: Row | None) -> str:
 
 
 def optimizer(files: Mapping[str, Sequence[Row]]) -> Section:
-    """A step of LARS beside others' and the floors."""
-    rows = named(files["lars.jsonl"], "optimizer step")
-    if not rows:
-        return Section("The optimizer", [f"**Not measured yet**: `{FILES['lars.jsonl'].command}`."])
+    """A step of LARS beside others' and the floors, for each device that it was measured on."""
+    text, tables = [], []
+    for device, name in (("cpu", "lars.jsonl"), ("cuda", "lars_cuda.jsonl")):
+        rows = named(files[name], "optimizer step")
+        if not rows:
+            missing = NO_GPU if device == "cuda" else "**Not measured yet**"
+            text.append(f"On {device}: {missing}; `{FILES[name].command}`.")
+            continue
+        page = name.replace(".jsonl", ".md")
+        text.append(
+            f"On {device}: milliseconds of a step, medians. {where(rows)} More in [{page}]({page})."
+        )
+        tables.append((f"A step of LARS on {device}", _steps_table(rows)))
+    return Section("The optimizer", text, tables=tables)
+
+
+def _steps_table(rows: Sequence[Row]) -> Table:
     models = {row["sizes"]["model"]: row["sizes"]["parameters"] for row in rows}
     lines = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         at = {row["sizes"]["model"]: row for row in rows if row["variant"] == variant}
         cells = [f"{1e3 * at[m]['p50_seconds']:.1f}" if m in at else "" for m in models]
         lines.append((variant, *cells))
-    text = f"Milliseconds of a step, medians. {where(rows)} More in [lars.md](lars.md)."
-    header = ("", *(f"{model}, {count / 1e6:.1f} M" for model, count in models.items()))
-    return Section("The optimizer", [text], tables=[("", Table(header, lines))])
+    return Table(("", *(f"{model}, {n / 1e6:.1f} M" for model, n in models.items())), lines)
 
 
 def roofline(files: Mapping[str, Sequence[Row]]) -> Section:

@@ -40,6 +40,7 @@ FILES = {
     "nt_xent_cpu.jsonl": File("python benchmarks/nt_xent.py", "the loss on CPUs"),
     "nt_xent_cuda.jsonl": File("python benchmarks/nt_xent.py --device cuda", "the loss on a GPU"),
     "lars.jsonl": File("python benchmarks/lars.py", "a step of LARS"),
+    "lars_cuda.jsonl": File("python benchmarks/lars.py --device cuda", "a step of LARS on a GPU"),
     "trainer.jsonl": File("python benchmarks/trainer.py", "the trainer beside a bare loop"),
     "data_plane.jsonl": File("python benchmarks/data_plane.py", "views by every back-end"),
 }

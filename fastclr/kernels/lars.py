@@ -9,7 +9,7 @@ in a fixed order and in double precision: no atomics, bitwise repeatable, nothin
 underflows. Pass 2 decays, scales, and updates momentum and weight.
 
 Takes what :mod:`fastclr.kernels.lars_torch` takes. Interpreted and compiled ahead of time in the
-tests; not yet run on a GPU.
+tests; ``make gpu-check`` runs it on a GPU.
 """
 
 from __future__ import annotations

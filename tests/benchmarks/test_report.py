@@ -43,7 +43,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def planted(folder: Path) -> None:
     """Write rows of every kind, and the checked-in ones of loss and optimizer."""
-    for name in ("nt_xent_cpu.jsonl", "lars.jsonl", "trainer.jsonl", "data_plane.jsonl"):
+    optimizer = ("lars.jsonl", "lars_cuda.jsonl")
+    for name in ("nt_xent_cpu.jsonl", *optimizer, "trainer.jsonl", "data_plane.jsonl"):
         shutil.copy(FOLDER / "results" / name, folder / name)
     exposed = {"work_seconds": 0.004, "exposed_seconds": 0.001, "alone_images_per_second": 31_234.0}
     trial = {"name": "trial", "variant": "batch 99999", "sizes": {}, "problem": "out of memory"}
@@ -92,6 +93,7 @@ def test_every_kind_of_rows_is_shown(results: Path) -> None:
         assert "31,234" in text and "out of memory" in text and "0.875" in text
         assert "exposed seconds" not in text  # nested: on a page of its own
         assert "2.34" in text and "as it comes" in text and "4,726.9" in text
+    assert "A step of LARS on cpu" in page and "A step of LARS on cuda" in page
     assert "| encoder <forward> | 40 (20 to 80) | 1,600 | 4 | 1 | 1,500 |" in page
     assert "encoder &lt;forward&gt;" in html and "<forward>" not in html
     assert "| [other.md](other.md) | Another page |" in page

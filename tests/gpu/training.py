@@ -12,7 +12,7 @@ import torch
 from fastclr.audit import audit
 from fastclr.finite import FiniteGuard, NonFiniteLoss
 from fastclr.world import World
-from tests.end_to_end.test_resume import kill_all, wait_for
+from tests.end_to_end.test_resume import wait_for
 
 # Without BatchNorm, and at a rate without spikes: both multiply rounding from step to step.
 PLAIN = (
@@ -95,7 +95,7 @@ def test_killed_and_resumed_sees_each_image_once(commands, photos, train, tmp_pa
     command = commands.train(*flags, *paths, ds=tmp_path / "whole/ds.json")
     process = commands.start(*command)
     wait_for(run_dir / "checkpoints/latest", process)
-    kill_all(process)
+    process.kill()
     done = commands.run(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "going on from" in done.stdout + done.stderr
