@@ -393,7 +393,8 @@ class Config:
             found.append("data.train is empty: name a shard set, e.g. --data.train data/train.")
         if (self.epochs is None) == (self.minutes is None):
             found.append(
-                f"epochs is {self.epochs} and minutes is {self.minutes}: give exactly one."
+                f"epochs is {self.epochs} and minutes is {self.minutes}: give exactly one; what a "
+                "recipe sets is left out by None (--epochs None --minutes 5)."
             )
         for name, length in {"epochs": self.epochs, "minutes": self.minutes}.items():
             if length is not None and not 0 < length < math.inf:
