@@ -1,7 +1,7 @@
 """Fused augmentation on a GPU: images go there once, four launches make all views.
 
 The kernels are in :mod:`pipelines.kernels_triton`. Interpreted and compiled ahead of time in the
-tests; ``make gpu-check`` runs it on a GPU.
+tests; ``make gpu-check`` runs them on a GPU.
 """
 
 from __future__ import annotations

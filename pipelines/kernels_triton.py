@@ -14,7 +14,7 @@ The contrast step needs the mean gray of the whole view after the steps before i
 summed a block of pixels at a time by a launch of their own, and the blocks' sums by each program of
 the colour launch in one order. No atomics: bitwise repeatable, whatever else is in the batch.
 
-Interpreted and compiled ahead of time in the tests; ``make gpu-check`` runs it on a GPU.
+Interpreted and compiled ahead of time in the tests; ``make gpu-check`` runs them on a GPU.
 """
 
 from __future__ import annotations
