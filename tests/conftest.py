@@ -52,6 +52,16 @@ def leaves_no_group() -> Iterator[None]:
     assert {name: os.environ.get(name) for name in LAUNCHER} == before
 
 
+@pytest.fixture(scope="module", autouse=True)
+def leaves_threads() -> Iterator[None]:
+    """See that a module leaves torch's threads as they were: their number decides bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
+
+
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
     """Return a function that runs a script on R gloo ranks and returns the JSON of rank 0.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
@@ -83,12 +84,16 @@ def _open_tsne(points_NP: np.ndarray, seed: int) -> np.ndarray:
 def _umap(points_NP: np.ndarray, seed: int) -> np.ndarray:
     """McInnes et al., "UMAP", 2018; begins with the first principal axes, one thread."""
     module = _imported("umap", "umap-learn", "UMAP")
-    return module.UMAP(
-        n_neighbors=min(_MAX_NEIGHBOURS, len(points_NP) - 1),
-        init=_first_axes(points_NP, seed, 1.0).astype(np.float32),
-        random_state=seed,
-        n_jobs=1,
-    ).fit_transform(points_NP)
+    num_threads = torch.get_num_threads()
+    try:
+        return module.UMAP(
+            n_neighbors=min(_MAX_NEIGHBOURS, len(points_NP) - 1),
+            init=_first_axes(points_NP, seed, 1.0).astype(np.float32),
+            random_state=seed,
+            n_jobs=1,
+        ).fit_transform(points_NP)
+    finally:
+        torch.set_num_threads(num_threads)  # Numba gives this process's OpenMP all cores
 
 
 def _first_axes(points_NP: np.ndarray, seed: int, deviation: float) -> np.ndarray:

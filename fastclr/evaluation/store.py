@@ -68,9 +68,10 @@ def cached_features(
     """Return the features of layers, from the disk or in one pass over the images.
 
     Every rank calls this with the same arguments; each takes every num_ranks-th block, and all
-    return everything. Blocks and batches do not depend on the ranks, so neither do the features: on
-    equal machines they are the same bits. What a killed call had finished is not done again, also
-    on another number of ranks. One call at a time writes to a folder.
+    return everything. Blocks and batches do not depend on the ranks, so neither do the features:
+    with equal machines and numbers of torch's threads (which may order a sum) they are the same
+    bits. What a killed call had finished is not done again, also on another number of ranks. One
+    call at a time writes to a folder.
 
     Args:
         folder: Where they are kept; all ranks see it.

@@ -172,12 +172,14 @@ class ShardCache:
         return descriptor
 
     def _wait(self, url: str, deadline: Deadline) -> None:
-        """Wait a moment for a process that is downloading the same shard."""
+        """Wait a moment for a process, or a thread reading ahead, that downloads the same shard."""
         if deadline.left <= 0:
             raise StorageError(
-                f"{redacted(url)}: another process on this node has been downloading it for "
-                f"{deadline.elapsed:.0f} s, the deadline. Look at that process's messages, or stop "
-                "it: its place will be taken."
+                f"{redacted(url)} cannot be read: this process, reading ahead, or another one on "
+                f"this node has been downloading it for {deadline.elapsed:.0f} s, the deadline. "
+                "Look at their messages, check the address, the network and the credentials, stop "
+                "a process that hangs (its place will be taken), and start again: a run goes on "
+                "where it stopped."
             )
         deadline.sleep(0.02)
 

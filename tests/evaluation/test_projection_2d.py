@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from fastclr.config import ConfigError
 from fastclr.evaluation.projection_2d import METHODS, embed, tsne
@@ -35,6 +36,18 @@ def test_same_seed_same_picture(method):
     one, same, other = (embed(features_XF, method, seed=seed) for seed in (3, 3, 4))
     np.testing.assert_array_equal(one, same)
     assert method == "tsne" or not np.array_equal(one, other)  # that begins without a draw
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_torch_keeps_its_threads(method):
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 3):
+            torch.set_num_threads(num_threads)
+            embed(clusters(12)[0], method)
+            assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_first_rows_are_taken():

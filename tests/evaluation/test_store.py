@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ SCRIPT = Path(__file__).with_name("store_ranks.py")
 _spec = importlib.util.spec_from_file_location("store_ranks", SCRIPT)
 ranks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(ranks)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as the ranks and children do: others sum in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def take(folder: Path, layers: Any = None, images: Any = None, **options: Any) -> dict:

@@ -194,7 +194,7 @@ def test_who_waits_too_long_says_so(server, tmp_path):
     process = script(cache, shard)
     until(lambda: len(server.requests) == 1)
     hasty = ShardCache(cache.folder, cache.max_bytes, patience=Patience(deadline_seconds=0.3))
-    with pytest.raises(StorageError, match="another process on this node"):
+    with pytest.raises(StorageError, match="another one on this node"):
         hasty.open(*shard)
     process.kill()
     process.communicate()
