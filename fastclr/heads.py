@@ -16,6 +16,19 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+class SupervisedHead(nn.Linear):
+    """A linear classifier of h, zero at first: all classes are equally likely.
+
+    LARS leaves it out of decay and ratio, as the SimCLR authors' code does (``head_supervised``):
+    by the ratio, steps are a share of weights that begin with nothing.
+    """
+
+    def reset_parameters(self) -> None:
+        """Set all weights to zero."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 def none(feature_dim: int) -> nn.Sequential:
     """Return the head that changes nothing: z = h.
 

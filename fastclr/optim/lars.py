@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastclr.heads import SupervisedHead
 from fastclr.kernels import KernelUnavailable, lars_torch
 from fastclr.optim import apex, layer_state, segments
 from fastclr.optim.segments import SegmentTable
@@ -32,8 +33,8 @@ FASTEST = {
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split trainable parameters by role: adapted and decayed, or neither.
 
-    Biases and normalisation layers (every parameter of fewer than 2 dimensions) get no decay and
-    no adaptation, by role rather than by name.
+    Biases, normalisation layers (every parameter of fewer than 2 dimensions) and supervised heads
+    get no decay and no adaptation, by role; the SimCLR authors' code tells the same ones by name.
 
     Args:
         module: Model whose parameters are to be optimised.
@@ -43,19 +44,22 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         Two groups with keys ``params``, ``weight_decay``, ``adapt`` and ``name``; an empty one is
         left out.
     """
+    heads = [m for m in module.modules() if isinstance(m, SupervisedHead)]
+    excluded = {id(p) for head in heads for p in head.parameters()}
+    excluded |= {id(p) for p in module.parameters() if p.ndim < 2}
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {
-            "params": [p for p in trainable if p.ndim >= 2],
+            "params": [p for p in trainable if id(p) not in excluded],
             "weight_decay": weight_decay,
             "adapt": True,
             "name": "weights",
         },
         {
-            "params": [p for p in trainable if p.ndim < 2],
+            "params": [p for p in trainable if id(p) in excluded],
             "weight_decay": 0.0,
             "adapt": False,
-            "name": "norms_and_biases",
+            "name": "excluded",
         },
     ]
     return [group for group in groups if group["params"]]
@@ -159,7 +163,7 @@ class LARS(torch.optim.Optimizer):
     def for_module(
         cls, module: nn.Module, learning_rate: float, weight_decay: float = 1e-6, **options: Any
     ) -> LARS:
-        """Make LARS for a model, biases and normalisation layers excluded from decay and ratio.
+        """Make LARS for a model, with the groups of :func:`parameter_groups`.
 
         Args:
             module: Model.

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastclr.batch import Batch
 from fastclr.config import ConfigError
+from fastclr.heads import SupervisedHead
 from fastclr.simclr import SimCLR
 from fastclr.trainer import Trainer
 
@@ -47,10 +48,7 @@ class SupervisedTrainer(Trainer):
 
 
 def classifier(model: SimCLR, feature_dim: int, num_classes: int) -> SimCLR:
-    """Put a linear classifier of h, zero at first, in the place of the head."""
-    layer = nn.Linear(feature_dim, num_classes)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    """Put a linear classifier of h in the place of the head."""
     model.projection_head = nn.Sequential()
-    model.projection_head.add_module("classifier", layer)
+    model.projection_head.add_module("classifier", SupervisedHead(feature_dim, num_classes))
     return model

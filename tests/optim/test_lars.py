@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastclr.heads import SupervisedHead
 from fastclr.optim import LARS, parameter_groups
 
 STEPS = 10
@@ -317,6 +318,22 @@ def test_groups_go_by_role():
     assert (weights["weight_decay"], weights["adapt"]) == (0.1, True)
     assert [tuple(p.shape) for p in others["params"]] == [(3,), (3,), (3,), (4,)]
     assert (others["weight_decay"], others["adapt"]) == (0.0, False)
+
+
+def test_a_supervised_head_is_left_out():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 5), SupervisedHead(5, 4))
+    weights, others = parameter_groups(module, 0.1)
+    assert [tuple(p.shape) for p in weights["params"]] == [(5, 6)]
+    assert [tuple(p.shape) for p in others["params"]] == [(5,), (4, 5), (4,)]
+    optimizer, images = LARS.for_module(module, 0.5), torch.randn(64, 6)
+    label_N = images[:, :4].argmax(1)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(module(images), label_N)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.4  # by the ratio it is 0.7 or more still: steps are a share of next to nothing
 
 
 def test_a_frozen_or_empty_role_has_no_group():
