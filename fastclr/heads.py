@@ -21,7 +21,14 @@ class SupervisedHead(nn.Linear):
 
     LARS leaves it out of decay and ratio, as the SimCLR authors' code does (``head_supervised``):
     by the ratio, steps are a share of weights that begin with nothing.
+
+    Args:
+        feature_dim: Width F of h.
+        num_classes: Classes K, the width of its output.
     """
+
+    def __init__(self, feature_dim: int, num_classes: int) -> None:
+        super().__init__(feature_dim, num_classes)
 
     def reset_parameters(self) -> None:
         """Set all weights to zero."""
